@@ -1,0 +1,42 @@
+# `make help` lists what there is. Everything runs in .venv, which the first call creates.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+PORT ?= 5000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint tune ui report bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+setup:  ## create .venv and install the pinned packages (the other targets do this by themselves)
+	@$(PYTHON) bootstrap.py
+
+run: setup  ## the whole pipeline: download, prepare, train, sample, evaluate, report
+	@dvc repro
+	@dvc metrics show
+	@echo "Pictures and scores: report/index.html   Runs: make ui"
+
+test: setup  ## the test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## style and types
+	@ruff check . && ruff format --check . && mypy
+
+tune: setup  ## search learning rate and schedules with Optuna
+	@$(BIN)/python -m stages.tune
+
+ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
+	@$(BIN)/python -m diffusion.tracking ui --port $(PORT)
+
+report: setup  ## draw the report page from what the pipeline made
+	@dvc repro report
+
+bench: setup  ## measure quality after eight minutes of training (writes benchmarks/results/)
+	@$(BIN)/python benchmarks/laptop_quality.py
+
+clean:  ## remove checkpoints, downloads and the virtual environment; DVC's cache and MLflow's store stay
+	rm -rf .venv runs data/downloads

@@ -1,0 +1,345 @@
+"""params.yaml -> frozen dataclasses, validated at the door.
+
+Every key of params.yaml is a field here and every number lives there: the dataclasses have no defaults. Only `load`
+needs pydantic and a YAML reader; the rest of the library takes the dataclasses alone.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from diffusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed interval of allowed values, read by pydantic and printed in error messages."""
+
+    low: float
+    high: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return {**handler(source), "ge": self.low, "le": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Count = Annotated[int, Range(1, 10**9)]
+CountOrOff = Annotated[int, Range(0, 10**9)]
+Fraction = Annotated[float, Range(0.0, 1.0)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str | None
+    sources: tuple[Literal["local", "mirrors", "npm", "official"], ...]
+    val_images: Annotated[int, Range(10, 40_000)]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    schedule: Literal["linear", "cosine", "sigmoid"]
+    num_steps: Annotated[int, Range(2, 100_000)]
+    prediction: Literal["eps", "x0", "v"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    patch_size: Literal[1, 2, 4]
+    channels: Annotated[int, Range(8, 1024)]
+    multipliers: tuple[Annotated[int, Range(1, 16)], ...]
+    num_blocks: Annotated[int, Range(1, 8)]
+    attention_resolutions: tuple[Annotated[int, Range(1, 32)], ...]
+    head_channels: Annotated[int, Range(8, 1024)] | None
+    norm_groups: Annotated[int, Range(1, 128)]
+    dropout: Fraction
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: Count
+    batch_size: Annotated[int, Range(1, 65_536)]
+    lr: Annotated[float, Range(1e-8, 1.0)]
+    lr_schedule: Literal["constant", "cosine", "linear"]
+    warmup_steps: CountOrOff
+    weight_decay: Fraction
+    adam_beta2: Annotated[float, Range(0.5, 0.99999)]
+    grad_clip: Annotated[float, Range(1e-6, 1e6)]
+    ema_decay: Annotated[float, Range(0.0, 0.999999)]
+    loss_weight: Literal["simple", "min_snr"]
+    flip: bool
+    device: Device
+    precision: Precision
+    log_every: Count
+    validate_every: Count
+    preview_every: Count
+    preview_images: Annotated[int, Range(1, 1024)]
+    preview_steps: Annotated[int, Range(1, 1000)]
+    checkpoint_every: Count
+
+
+@dataclass(frozen=True)
+class TrainedConfig:
+    """The sections that decide what a trained model is; its JSON card carries them."""
+
+    seed: Seed
+    diffusion: DiffusionConfig
+    model: ModelConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    sampler: Literal["ddpm", "ddim"]
+    steps: Annotated[int, Range(1, 100_000)]
+    spacing: Literal["uniform", "quadratic", "trailing"]
+    eta: Fraction
+    variance: Literal["fixed_small", "fixed_large"]
+    clip_x0: bool
+    num_images: Count
+    batch_size: Annotated[int, Range(1, 65_536)]
+    save_png: bool
+    device: Device
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    reference_split: Literal["train", "test"]
+    reference_images: Annotated[int, Range(2, 10**9)]
+    inception: Literal["auto", "require", "off"]
+    inception_weights: str | None
+    inception_images: Annotated[int, Range(2, 10**9)]
+    batch_size: Annotated[int, Range(1, 65_536)]
+    device: Device
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    trials: Count
+    images_per_trial: Count
+    sample_images: Annotated[int, Range(2, 50_000)]
+    lr: tuple[Annotated[float, Range(1e-8, 1.0)], Annotated[float, Range(1e-8, 1.0)]]
+    lr_schedules: tuple[Literal["constant", "cosine", "linear"], ...]
+    schedules: tuple[Literal["linear", "cosine", "sigmoid"], ...]
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    enabled: bool
+    experiment: str
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml: one section a stage or noun."""
+
+    seed: Seed
+    data: DataConfig
+    diffusion: DiffusionConfig
+    model: ModelConfig
+    train: TrainConfig
+    sample: SampleConfig
+    evaluate: EvaluateConfig
+    tune: TuneConfig
+    tracking: TrackingConfig
+
+
+def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Params:
+    """Read and validate a params file.
+
+    `overrides` maps dotted keys ("train.lr") to values that replace the file's.
+
+    Raises:
+        UserError: the file cannot be read, or a key is unknown, missing or out of range; the message is one line
+            that names the key, what is allowed and, for an unknown key, the nearest real one.
+    """
+    tree = _read_yaml(Path(path))
+    for key, value in (overrides or {}).items():
+        if key not in keys():
+            raise UserError(f"{path}: {_unknown(key)}")
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    try:
+        return from_dict(tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def from_dict(tree: Mapping[str, Any]) -> Params:
+    """Validate nested plain values as params.yaml holds them.
+
+    Raises:
+        UserError: as `load`.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    known = keys()
+    for key in _dotted(tree):  # pydantic would say "unexpected keyword"; the nearest real key is what helps
+        if key not in known and key not in _sections():
+            raise UserError(_unknown(key))
+    try:
+        params = TypeAdapter(Params).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0])) from None
+    _check_across(params)
+    return params
+
+
+def trained(params: Params) -> TrainedConfig:
+    """The part of params.yaml that a trained model depends on."""
+    return TrainedConfig(params.seed, params.diffusion, params.model, params.train)
+
+
+def trained_from_dict(tree: Mapping[str, Any]) -> TrainedConfig:
+    """Inverse of `to_dict` for a model's card, which was validated when it was written.
+
+    Raises:
+        UserError: the card was written by another version of this project.
+    """
+
+    def section(kind: Any, name: str) -> Any:
+        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in tree[name].items()})
+
+    try:
+        return TrainedConfig(
+            tree["seed"],
+            section(DiffusionConfig, "diffusion"),
+            section(ModelConfig, "model"),
+            section(TrainConfig, "train"),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the model's config does not fit this version ({error}): train it again") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values (JSON types) of a config dataclass: the inverse of `from_dict`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def flat(params: Params) -> dict[str, object]:
+    """Dotted key -> value, one entry a key of params.yaml."""
+    tree = to_dict(params)
+    return {key: _get(tree, key) for key in keys()}
+
+
+def keys() -> dict[str, Any]:
+    """Dotted key -> annotated type, for every key of params.yaml."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(Params, include_extras=True).items():
+        if dataclasses.is_dataclass(kind):
+            found |= {f"{name}.{k}": v for k, v in get_type_hints(kind, include_extras=True).items()}
+        else:
+            found[name] = kind
+    return found
+
+
+def allowed(kind: Any) -> str:
+    """What a key of type `kind` may hold, in words."""
+    if get_origin(kind) is Annotated:
+        base, *metadata = get_args(kind)
+        ranges = [str(m) for m in metadata if isinstance(m, Range)]
+        return f"{allowed(base)} from {ranges[0]}" if ranges else allowed(base)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return "a list of " + allowed(get_args(kind)[0])
+    if get_args(kind):  # X | None
+        return " or ".join(allowed(k) for k in get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(kind, str(kind))
+
+
+def _check_across(params: Params) -> None:
+    """Rules that hold between keys, which no single key's range can say."""
+    model, sample = params.model, params.sample
+    if sample.steps > params.diffusion.num_steps:
+        raise UserError(
+            f"sample.steps = {sample.steps} is more than diffusion.num_steps = {params.diffusion.num_steps}: lower it"
+        )
+    if not model.multipliers:
+        raise UserError("model.multipliers is empty: give one whole number a level, for example [1, 2, 2]")
+    stride = model.patch_size * 2 ** (len(model.multipliers) - 1)
+    if 32 % stride:
+        raise UserError(
+            f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
+            f"divides 32 pixels by {stride}: use fewer levels"
+        )
+    if params.train.preview_steps > params.diffusion.num_steps:
+        raise UserError(
+            f"train.preview_steps = {params.train.preview_steps} is more than "
+            f"diffusion.num_steps = {params.diffusion.num_steps}: lower it"
+        )
+    for width in {model.channels * m for m in model.multipliers}:
+        if model.head_channels and width % model.head_channels:
+            raise UserError(
+                f"model.head_channels = {model.head_channels} does not divide a level's width of {width}: "
+                "change it, or null for one head"
+            )
+    if not params.data.sources:
+        raise UserError("data.sources is empty: name at least one of local, mirrors, npm, official")
+    if params.tune.lr[0] > params.tune.lr[1]:
+        raise UserError(f"tune.lr = {list(params.tune.lr)}: the lower end comes first")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        tree = YAML(typ="safe", pure=True).load(path)  # YAML 1.2, as DVC reads it: 1e-4 is a number, off a word
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the repository's root or name another params file") from None
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no sections; start from params/laptop.yaml")
+    return tree
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """One line for pydantic's first error."""
+    path = [str(part) for part in error["loc"]]
+    key = next((k for k in (".".join(path[:2]), path[0]) if k in keys()), ".".join(path[:2]))
+    kind = keys().get(key)
+    if error["type"] == "missing":
+        return f"{key} is missing: {'add it, ' + allowed(kind) if kind else 'add the section, as in params/laptop.yaml'}"
+    if kind is None:
+        return f"{key} must be a section of keys, as in params/laptop.yaml"
+    return f"{key} = {error['input']!r} is not allowed: it must be {allowed(kind)}"
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, [*keys(), *_sections()], n=1, cutoff=0.0)[0]
+    return f"unknown key {key}: did you mean {near}?"
+
+
+def _sections() -> list[str]:
+    return [name for name, kind in get_type_hints(Params).items() if dataclasses.is_dataclass(kind)]
+
+
+def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield str(name)
+            yield from (f"{name}.{key}" for key in value)
+        else:
+            yield str(name)
+
+
+def _get(tree: Mapping[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree[part]
+    return tree

@@ -1,0 +1,55 @@
+"""The model file: EMA weights as safetensors, everything else about them in a JSON card beside it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffusion.config import TrainedConfig, to_dict, trained_from_dict
+from diffusion.errors import UserError
+from diffusion.unet import UNet
+
+
+def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConfig, about: dict[str, Any]) -> None:
+    """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
+    card_path(path).write_text(json.dumps({"config": to_dict(config), **about}, indent=2) + "\n")
+
+
+def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:
+    """The network, in eval mode on the CPU, and its config.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights do not fit the config.
+    """
+    path = Path(path)
+    config = trained_from_dict(read_card(path)["config"])
+    net = UNet(config.model)
+    try:
+        net.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro train`") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be used ({reason}): restore it, or run `dvc repro -f train`") from None
+    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), config
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The JSON card of a model file: config, step, data digest, run id, ..."""
+    try:
+        card: dict[str, Any] = json.loads(card_path(path).read_text())
+        card["config"]
+    except FileNotFoundError:
+        raise UserError(f"{card_path(path)} is missing: run `dvc repro train`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{card_path(path)} is not a model card ({error}): run `dvc repro -f train`") from None
+    return card
+
+
+def card_path(path: Path) -> Path:
+    return path.with_suffix(".json")

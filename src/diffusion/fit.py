@@ -1,0 +1,204 @@
+"""The train stage's work around the training loop: locks, resume, progress bar, tracking, previews, outputs."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from diffusion import paths, tracking
+from diffusion.config import Params, flat, trained
+from diffusion.data import Dataset
+from diffusion.errors import UserError
+from diffusion.export import save_model
+from diffusion.previews import write_previews
+from diffusion.runtime import resolve_device
+from diffusion.training import Record, Trainer, fingerprint, train
+
+
+def fit(params: Params) -> None:
+    """Train as `params` say, or go on where a stopped training of the same params, data and code was; write outputs.
+
+    Raises:
+        UserError: data are missing, another trainer is at work, or the training diverges.
+        KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the state was saved first.
+    """
+    config, data = trained(params), Dataset.load()
+    device = resolve_device(config.train.device)
+    folder = paths.RUNS / fingerprint(config, data.digest)
+    with only_trainer(folder), StopRequest() as stop:
+        trainer = Trainer(config, data, folder, device)
+        if trainer.progress.step:
+            print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
+        tracker = _open_run(params, folder, data.digest)
+        with tracking.closing_status(tracker):
+            _loop(trainer, tracker, stop)
+            _write_outputs(trainer, tracker, data.digest)
+
+
+@contextlib.contextmanager
+def only_trainer(folder: Path) -> Iterator[None]:
+    """Keep a second trainer out of this run and of this workspace: a killed `dvc` leaves its stage running.
+
+    Raises:
+        UserError: another process holds one of the two locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths.TRAIN_LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        for lock in (folder / "lock", paths.TRAIN_LOCK):
+            owner = lock.with_suffix(".pid")
+            try:
+                held.enter_context(FileLock(lock, timeout=0))
+            except Timeout:
+                pid = owner.read_text().strip() if owner.exists() else "unknown"
+                raise UserError(f"another trainer (process {pid}) is at work here: wait for it, or stop it") from None
+            owner.write_text(f"{os.getpid()}\n")
+        yield
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between two steps; the second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt("stopped at once; `dvc repro` goes on from the last checkpoint")
+        self.asked = True
+
+
+def _loop(trainer: Trainer, tracker: tracking.Tracker, stop: StopRequest) -> None:
+    config = trainer.config.train
+    with tqdm(
+        total=config.steps * config.batch_size,
+        initial=trainer.progress.step * config.batch_size,
+        unit=" images",
+        desc="train",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        smoothing=0.05,
+    ) as bar:
+        for record in train(trainer):
+            bar.update(config.batch_size)
+            _show(record, trainer, tracker, bar)
+            if record.step % config.preview_every == 0 or record.step == config.steps:
+                for picture in write_previews(trainer, trainer.folder / "previews"):
+                    tracker.artifact(picture, "previews")
+            if stop.asked and record.step < config.steps:
+                trainer.save()
+                raise KeyboardInterrupt(f"stopped at step {record.step}; `dvc repro` goes on from there")
+
+
+def _show(record: Record, trainer: Trainer, tracker: tracking.Tracker, bar: Any) -> None:
+    """Bar and tracker get what the step logged."""
+    progress = trainer.progress
+    if record.row:
+        names = {"loss": "train/loss", "loss_smoothed": "train/loss_smoothed", "lr": "train/lr", "grad_norm": "train/grad_norm"}
+        values = {names[key]: value for key, value in record.row.items() if key in names}
+        values["train/images_per_second"] = _images_per_second(trainer)
+        tracker.metrics(values, record.step)
+    if record.val_loss is not None:
+        best = {"best/val_loss": progress.best_val_loss, "best/step": progress.best_step}
+        tracker.metrics({"val/loss": record.val_loss, **best}, record.step)
+        _write_curves(trainer)
+    if record.row or record.val_loss is not None:
+        smoothed = progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else record.loss
+        val = f"{progress.val_rows[-1]['val_loss']:.4f}" if progress.val_rows else "-"
+        bar.set_postfix_str(f"loss {smoothed:.4f}, validation {val}", refresh=False)
+
+
+def _open_run(params: Params, folder: Path, data_digest: str) -> tracking.Tracker:
+    """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
+    memory = folder / "mlflow_run_id"
+    tracker = tracking.open_run(
+        params.tracking,
+        name=run_name(params),
+        run_folder=folder,
+        run_id=memory.read_text().strip() if memory.exists() else None,
+        tags={"data.digest": data_digest, "fingerprint": folder.name, **tracking.git_tags()},
+    )
+    if tracker.run_id:
+        memory.write_text(tracker.run_id + "\n")
+    tracker.params(flat(params))
+    return tracker
+
+
+def run_name(params: Params) -> str:
+    """Short and telling: learning rate, its schedule, noise schedule, what is predicted."""
+    lr = f"{params.train.lr:.0e}".replace("e-0", "e-") if params.train.lr < 1 else str(params.train.lr)
+    return f"lr{lr}-{params.train.lr_schedule}-{params.diffusion.schedule}-{params.diffusion.prediction}"
+
+
+def _images_per_second(trainer: Trainer) -> float:
+    progress = trainer.progress
+    return progress.step * trainer.config.train.batch_size / max(progress.seconds, 1e-9)
+
+
+def _write_outputs(trainer: Trainer, tracker: tracking.Tracker, data_digest: str) -> None:
+    progress, config = trainer.progress, trainer.config.train
+    metrics = {
+        "images_seen": progress.step * config.batch_size,
+        "images_per_second": round(_images_per_second(trainer), 1),
+        "train_seconds": round(progress.seconds, 1),
+        "parameters": sum(p.numel() for p in trainer.net.parameters()),
+        "best_step": progress.best_step,
+        "best_val_loss": progress.best_val_loss,
+        "final_val_loss": progress.val_rows[-1]["val_loss"],
+        "final_loss_smoothed": progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else None,
+        "skipped_steps": progress.skipped,
+        "rollbacks": progress.rollbacks,
+        "device": trainer.device.type,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+    }
+    about = {
+        "step": progress.best_step,
+        "val_loss": progress.best_val_loss,
+        "weights": "ema",
+        "data_digest": data_digest,
+        "fingerprint": trainer.folder.name,
+        "run_id": tracker.run_id,
+    }
+    save_model(paths.MODEL, trainer.best, trainer.config, about)
+    paths.TRAIN_METRICS.parent.mkdir(parents=True, exist_ok=True)
+    paths.TRAIN_METRICS.write_text(json.dumps(metrics, indent=2) + "\n")
+    _write_curves(trainer)
+    shutil.copytree(trainer.folder / "previews", paths.PREVIEWS, dirs_exist_ok=True)
+    final = {f"final/{key}": float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    tracker.metrics(final, progress.step)
+    for path in (paths.MODEL, paths.MODEL_CARD):
+        tracker.artifact(path, "model")
+    for path in (paths.LOSS_CSV, paths.VAL_LOSS_CSV):
+        tracker.artifact(path, "curves")
+
+
+def _write_curves(trainer: Trainer) -> None:
+    """Rewrite the CSV files whole: DVC deleted them before a resumed stage began."""
+    progress = trainer.progress
+    _write_csv(paths.LOSS_CSV, ["step", "loss", "loss_smoothed", "lr", "grad_norm"], progress.loss_rows)
+    _write_csv(paths.VAL_LOSS_CSV, ["step", "val_loss"], progress.val_rows)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,54 @@
+"""Every path that dvc.yaml names, and the state that lives beside the pipeline.
+
+Stage outputs are relative to the working folder, so that `dvc exp run --temp` keeps each experiment's outputs apart.
+State that must outlive a stage (checkpoints, downloads, the MLflow store) is anchored at the repository: DVC sets
+DVC_ROOT to it, also when it runs a stage in a temporary copy.
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+
+PARAMS = Path("params.yaml")
+
+# download
+CIFAR10 = Path("data/cifar10")
+CIFAR10_TRAIN = CIFAR10 / "train.npz"
+CIFAR10_TEST = CIFAR10 / "test.npz"
+
+# prepare
+PREPARED = Path("data/prepared")
+SPLIT = PREPARED / "split.npz"
+DATA_CARD = PREPARED / "data.json"
+
+# reference
+REFERENCE = Path("reference")
+
+# train
+MODEL = Path("models/model.safetensors")
+MODEL_CARD = Path("models/model.json")
+TRAIN_METRICS = Path("metrics/train.json")
+LOSS_CSV = Path("plots/loss.csv")
+VAL_LOSS_CSV = Path("plots/val_loss.csv")
+PREVIEWS = Path("plots/previews")
+
+TRAIN_LOCK = Path("runs/workspace.lock")  # relative: one trainer a workspace, also in a temporary one
+
+# sample
+SAMPLES = Path("samples")
+SAMPLES_NPZ = SAMPLES / "images.npz"
+SAMPLES_CARD = SAMPLES / "card.json"
+
+# evaluate
+EVALUATE_METRICS = Path("metrics/evaluate.json")
+
+# report
+REPORT = Path("report")
+
+# outside DVC's outs, which DVC deletes before a stage runs
+DOWNLOADS = ROOT / "data/downloads"
+WEIGHTS = ROOT / "data/weights"
+RUNS = ROOT / "runs"
+MLFLOW_DB = ROOT / "mlflow.db"
+MLFLOW_ARTIFACTS = ROOT / "mlartifacts"

@@ -1,0 +1,44 @@
+"""Pictures during training: EMA samples from the same noise every time, and a strip of the denoising."""
+
+from pathlib import Path
+
+from diffusion import images, sampling
+from diffusion.config import SampleConfig, TrainConfig
+from diffusion.parameterization import Denoiser
+from diffusion.training import Trainer
+
+STRIP_IMAGES = 6
+STRIP_COLUMNS = 9
+
+
+def preview_config(config: TrainConfig) -> SampleConfig:
+    """How previews are sampled: few deterministic steps, sized by the train section."""
+    return SampleConfig(
+        sampler="ddim",
+        steps=config.preview_steps,
+        spacing="uniform",
+        eta=0.0,
+        variance="fixed_small",
+        clip_x0=True,
+        num_images=config.preview_images,
+        batch_size=config.preview_images,
+        save_png=False,
+        device=config.device,
+        precision=config.precision,
+    )
+
+
+def write_previews(trainer: Trainer, folder: Path) -> list[Path]:
+    """Write step_<step>.png (a grid) and step_<step>_denoising.png (a strip) into `folder`."""
+    config = preview_config(trainer.config.train)
+    denoiser = Denoiser(
+        trainer.ema.net, trainer.schedule, trainer.config.diffusion.prediction, dtype=trainer.dtype, clip_x0=True
+    )
+    frames = sampling.stages(
+        denoiser, config, trainer.config.seed, range(config.num_images), trainer.device, STRIP_COLUMNS
+    ).numpy()
+    name = f"step_{trainer.progress.step:06d}"
+    grid, strip = folder / f"{name}.png", folder / f"{name}_denoising.png"
+    images.save_png(images.grid(frames[-1], columns=8, scale=2), grid)
+    images.save_png(images.strip(frames[:, :STRIP_IMAGES], scale=2), strip)
+    return [grid, strip]

@@ -1,0 +1,114 @@
+"""Noise schedules: where beta_t and alpha-bar_t are made, and which timesteps a sampler visits.
+
+Tables are float64; a network step works on float32 rows of them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_BETA = 0.999  # keeps the last steps of cosine and sigmoid finite (Nichol & Dhariwal 2021, section 3.2)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """x_t = sqrt(alphas_cumprod[t]) x0 + sqrt(1 - alphas_cumprod[t]) eps, for t = 0 .. num_steps - 1.
+
+    Both tables are float64 of length num_steps; betas[t] is the variance that step t adds.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.betas)
+
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        """float64 (B,): alphas_cumprod at integer steps t (B,); 1 at t = -1, where no noise is left."""
+        padded = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod])
+        return padded.to(t.device)[t + 1]
+
+    def snr(self) -> Tensor:
+        """float64 (num_steps,): signal-to-noise ratio alpha-bar / (1 - alpha-bar)."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
+
+def linear_betas(num_steps: int) -> np.ndarray:
+    """Ho et al. 2020, section 4: 1e-4 .. 0.02 over 1,000 steps, scaled so that other lengths add as much noise."""
+    scale = 1000 / num_steps
+    return np.minimum(np.linspace(scale * 1e-4, scale * 0.02, num_steps), MAX_BETA)
+
+
+def cosine_betas(num_steps: int) -> np.ndarray:
+    """Nichol & Dhariwal 2021, eq. 17: alpha-bar = cos^2 of (t/T + s) / (1 + s) * pi/2 with s = 0.008."""
+    return _betas(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, num_steps)
+
+
+def sigmoid_betas(num_steps: int) -> np.ndarray:
+    """Jabri et al. 2022 (appendix B; Chen 2023, algorithm 1): alpha-bar from a sigmoid between -3 and 3, tau = 1."""
+
+    def sigmoid(x: float) -> float:
+        return 1.0 / (1.0 + math.exp(-x))
+
+    low, high = sigmoid(-3.0), sigmoid(3.0)
+    return _betas(lambda u: (high - sigmoid(6.0 * u - 3.0)) / (high - low), num_steps)
+
+
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+    "sigmoid": sigmoid_betas,
+}
+
+
+def make_schedule(name: str, num_steps: int) -> NoiseSchedule:
+    """The schedule `linear | cosine | sigmoid` with num_steps >= 1 steps.
+
+    Raises:
+        ValueError: unknown name, or no steps.
+    """
+    if name not in SCHEDULES or num_steps < 1:
+        raise ValueError(f"no schedule {name!r} with {num_steps} steps: use one of {', '.join(SCHEDULES)}, 1 or more")
+    betas = SCHEDULES[name](num_steps)
+    return NoiseSchedule(torch.from_numpy(betas), torch.from_numpy(np.cumprod(1.0 - betas)))
+
+
+def sampling_timesteps(spacing: str, num_steps: int, count: int) -> Tensor:
+    """int64 (count,), descending: the steps of 0 .. num_steps - 1 that a sampler of `count` evaluations visits.
+
+    uniform: evenly from 0 to the last; quadratic: even in sqrt(t), dense near 0 (Song et al. 2021, section 5.2, with
+    the last step kept); trailing: evenly, ending at the last step (Lin et al. 2023, table 2).
+
+    Raises:
+        ValueError: unknown spacing, or count outside 1 .. num_steps.
+    """
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"{count} sampling steps of {num_steps}")
+    last = num_steps - 1
+    if spacing == "uniform":
+        steps = np.linspace(last, 0, count)
+    elif spacing == "quadratic":
+        steps = np.linspace(math.sqrt(last), 0, count) ** 2
+    elif spacing == "trailing":
+        steps = np.arange(count, 0, -1) * num_steps / count - 1
+    else:
+        raise ValueError(f"no spacing {spacing!r}: use uniform, quadratic or trailing")
+    return _distinct(np.round(steps).astype(np.int64))
+
+
+def _distinct(descending: np.ndarray) -> Tensor:
+    """Push equal neighbours apart (quadratic spacing repeats small t) without leaving 0 .. first."""
+    for i in range(len(descending) - 2, -1, -1):
+        descending[i] = max(descending[i], descending[i + 1] + 1)
+    return torch.from_numpy(descending)
+
+
+def _betas(alpha_bar: Callable[[float], float], num_steps: int) -> np.ndarray:
+    """beta_t = 1 - alpha-bar(t + 1) / alpha-bar(t) on u in [0, 1], capped (Nichol & Dhariwal 2021, section 3.2)."""
+    values = np.array([alpha_bar(i / num_steps) for i in range(num_steps + 1)])
+    return np.minimum(1.0 - values[1:] / values[:-1], MAX_BETA)

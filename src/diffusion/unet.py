@@ -1,0 +1,107 @@
+"""The U-Net of Ho et al. 2020 (appendix B), sized by params.yaml's model section."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.config import ModelConfig
+from diffusion.layers import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    TimestepEmbedding,
+    Upsample,
+    conv3x3,
+    group_norm,
+    zeroed,
+)
+
+IMAGE_SIZE = 32
+IMAGE_CHANNELS = 3
+
+
+class UNet(nn.Module):
+    """net(x, t) -> what diffusion.prediction says, the shape of x.
+
+    x: (B, 3, 32, 32) in [-1, 1] plus noise; t: int (B,). patch_size p moves p x p pixels into channels first, so the
+    first level works at 32 / p: most of the quality at a fraction of the cost on small machines.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        patch_channels = IMAGE_CHANNELS * config.patch_size**2
+        width = 4 * config.channels
+        levels = [config.channels * m for m in config.multipliers]
+        size = IMAGE_SIZE // config.patch_size
+
+        def block(channels_in: int, channels_out: int, size: int) -> "Block":
+            attend = size in config.attention_resolutions
+            return Block(channels_in, channels_out, width, config, attend)
+
+        self.embedding = TimestepEmbedding(config.channels, width)
+        self.stem = conv3x3(patch_channels, config.channels)
+
+        self.down = nn.ModuleList()
+        channels, skips = config.channels, [config.channels]
+        for level, level_channels in enumerate(levels):
+            for _ in range(config.num_blocks):
+                self.down.append(block(channels, level_channels, size))
+                channels = level_channels
+                skips.append(channels)
+            if level < len(levels) - 1:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
+                size //= 2
+
+        self.middle = nn.ModuleList(
+            [
+                Block(channels, channels, width, config, attend=True),
+                Block(channels, channels, width, config, attend=False),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, level_channels in reversed(list(enumerate(levels))):
+            for _ in range(config.num_blocks + 1):
+                self.up.append(block(channels + skips.pop(), level_channels, size))
+                channels = level_channels
+            if level > 0:
+                self.up.append(Upsample(channels))
+                size *= 2
+
+        self.norm = group_norm(channels, config.norm_groups)
+        self.head = zeroed(conv3x3(channels, patch_channels))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """See the class.
+
+        Raises:
+            ValueError: labels were given; this network is unconditional.
+        """
+        if labels is not None:
+            raise ValueError("this network is unconditional: call it without labels")
+        embedding = F.silu(self.embedding(t))
+        h = self.stem(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding) if isinstance(layer, Block) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, embedding)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), embedding) if isinstance(layer, Block) else layer(h)
+        out = self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(out, self.patch_size) if self.patch_size > 1 else out
+
+
+class Block(nn.Module):
+    """A residual block, with self-attention after it where `attend`."""
+
+    def __init__(self, channels_in: int, channels_out: int, width: int, config: ModelConfig, attend: bool) -> None:
+        super().__init__()
+        self.residual = ResidualBlock(channels_in, channels_out, width, config.norm_groups, config.dropout)
+        self.attention = SelfAttention(channels_out, config.norm_groups, config.head_channels) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.residual(x, embedding))

@@ -1,0 +1,13 @@
+from diffusion import cifar10
+from diffusion.config import Params
+from stages import stage
+
+
+@stage
+def main(params: Params) -> None:
+    """Fetch CIFAR-10 from the first source that works, verify it, write data/cifar10/{train,test}.npz."""
+    cifar10.download(params.data)
+
+
+if __name__ == "__main__":
+    main()

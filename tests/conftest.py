@@ -1,0 +1,73 @@
+"""Shrunk settings and tiny data that the tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import config
+from diffusion.data import Dataset
+
+REPO = Path(__file__).parent.parent
+
+# Every recipe, shrunk: the same code paths in seconds.
+TINY = {
+    "model.channels": 16,
+    "model.multipliers": [1, 2],
+    "model.num_blocks": 1,
+    "model.attention_resolutions": [8],
+    "model.head_channels": 16,
+    "model.norm_groups": 4,
+    "diffusion.num_steps": 50,
+    "train.steps": 8,
+    "train.batch_size": 4,
+    "train.warmup_steps": 2,
+    "train.log_every": 2,
+    "train.validate_every": 4,
+    "train.preview_every": 4,
+    "train.preview_images": 4,
+    "train.preview_steps": 3,
+    "train.checkpoint_every": 3,
+    "train.device": "cpu",
+    "train.precision": "fp32",
+    "sample.steps": 4,
+    "sample.num_images": 12,
+    "sample.batch_size": 5,
+    "sample.device": "cpu",
+    "sample.precision": "fp32",
+    "evaluate.reference_images": 20,
+    "evaluate.inception": "off",
+    "evaluate.batch_size": 10,
+    "evaluate.device": "cpu",
+    "data.val_images": 20,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """pytest-xdist runs a worker a core; the MLflow store and DVC stay away from the repository."""
+    torch.set_num_threads(1)
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+
+
+@pytest.fixture
+def tiny() -> Callable[..., config.Params]:
+    """params.yaml, shrunk, with further overrides: tiny(**{"train.lr": 1e-3})."""
+
+    def make(recipe: str = "params.yaml", **overrides: Any) -> config.Params:
+        return config.load(REPO / recipe, {**TINY, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def tiny_data() -> Dataset:
+    """40 training and 12 validation images of smooth random colours."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (52, 4, 4, 3), dtype=np.uint8)
+    images = torch.from_numpy(coarse.repeat(8, axis=1).repeat(8, axis=2))
+    return Dataset(images[:40], images[40:], "tiny")

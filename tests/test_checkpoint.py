@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion import checkpoint
+
+
+def state(value: float) -> dict[str, object]:
+    return {"net": {"w": torch.full((3,), value)}, "progress": {"step": int(value), "rows": [{"loss": value}]}}
+
+
+def test_the_newest_comes_back_equal(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        checkpoint.save(state(step), tmp_path, step)
+    loaded = checkpoint.latest(tmp_path)
+    assert loaded["progress"] == {"step": 30, "rows": [{"loss": 30}]}
+    assert loaded["net"]["w"].equal(torch.full((3,), 30.0))
+
+
+def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for step in range(5):
+        checkpoint.save(state(step), tmp_path, step)
+    assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_file_is_passed_over(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(state(1), tmp_path, 1)
+    newest = checkpoint.save(state(2), tmp_path, 2)
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes({"cut": raw[: len(raw) // 2], "flip": raw, "empty": b""}[damage])
+    with pytest.warns(UserWarning, match="damaged"):
+        loaded = checkpoint.latest(tmp_path)
+    assert loaded["progress"]["step"] == 1
+
+
+def test_a_write_that_dies_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(state(1), tmp_path, 1)
+
+    def die(value: object, file: object) -> None:
+        file.write(b"half")  # type: ignore[attr-defined]
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(state(2), tmp_path, 2)
+    assert checkpoint.latest(tmp_path)["progress"]["step"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_nothing_there_is_none(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "never") is None
+
+
+def test_no_code_is_unpickled(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    checkpoint.save({"net": Evil()}, tmp_path, 1)
+    with pytest.raises(Exception, match="weights_only|Unsupported"):
+        checkpoint.latest(tmp_path)
+    assert not (tmp_path / "owned").exists()

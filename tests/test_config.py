@@ -1,0 +1,113 @@
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from diffusion import config
+from diffusion.errors import UserError
+from diffusion.unet import UNet
+
+RECIPES = sorted(REPO.glob("params/*.yaml"))
+
+
+@pytest.mark.parametrize("path", [REPO / "params.yaml", *RECIPES], ids=lambda p: p.name)
+def test_every_recipe_is_valid_and_complete(path: Path) -> None:
+    params = config.load(path)
+    assert set(config.flat(params)) == set(config.keys())
+
+
+def test_the_laptop_recipe_is_the_default() -> None:
+    assert (REPO / "params/laptop.yaml").read_text() == (REPO / "params.yaml").read_text()
+
+
+def test_the_paper_recipe_is_the_published_network() -> None:
+    params = config.load(REPO / "params/paper.yaml")
+    assert sum(p.numel() for p in UNet(params.model).parameters()) == 35_746_307
+    assert params.train.steps * params.train.batch_size == 102_400_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"train.lrr": 1e-4}, ["train.lrr", "train.lr"]),
+        ({"trian.lr": 1e-4}, ["trian.lr", "train.lr"]),
+        ({"sample.smapler": "ddim"}, ["sample.smapler", "sample.sampler"]),
+        ({"train.lr": 5.0}, ["train.lr = 5", "1e-08 to 1"]),
+        ({"train.lr": float("nan")}, ["train.lr", "1e-08 to 1"]),
+        ({"train.steps": 2.5}, ["train.steps = 2.5", "whole number"]),
+        ({"train.steps": 0}, ["train.steps = 0", "from 1"]),
+        ({"train.flip": "perhaps"}, ["train.flip", "true or false"]),
+        ({"diffusion.schedule": "cosin"}, ["diffusion.schedule", "linear, cosine, sigmoid"]),
+        ({"diffusion.schedule": None}, ["diffusion.schedule", "linear"]),
+        ({"model.multipliers": [1, 0]}, ["model.multipliers", "1 to 16"]),
+        ({"model.multipliers": []}, ["model.multipliers"]),
+        ({"model.multipliers": [1, 1, 1, 1, 1, 1, 1]}, ["model.multipliers", "32 pixels"]),
+        ({"model.head_channels": 48}, ["model.head_channels = 48", "divide"]),
+        ({"sample.steps": 5000}, ["sample.steps = 5000", "diffusion.num_steps"]),
+        ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
+        ({"data.sources": []}, ["data.sources"]),
+        ({"tune.lr": [1e-2, 1e-4]}, ["tune.lr"]),
+    ],
+    ids=str,
+)
+def test_a_bad_key_is_one_line_that_helps(overrides: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(REPO / "params.yaml", overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_every_missing_key_is_named(tmp_path: Path) -> None:
+    lines = (REPO / "params.yaml").read_text().splitlines()
+    section = ""
+    for number, line in enumerate(lines):
+        if re.match(r"\w+:$", line):
+            section = line[:-1] + "."
+        key = re.match(r"(  )?(\w+): ", line)
+        if not key:
+            continue
+        name = section + key[2] if key[1] else key[2]
+        path = tmp_path / "params.yaml"
+        path.write_text("\n".join(lines[:number] + lines[number + 1 :]))
+        with pytest.raises(UserError, match=re.escape(f"{name} is missing")):
+            config.load(path)
+
+
+def test_a_file_key_that_is_not_in_the_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((REPO / "params.yaml").read_text().replace("  lr: ", "  lrr: 1\n  lr: ", 1))
+    with pytest.raises(UserError, match=r"unknown key train\.lrr: did you mean train\.lr\?"):
+        config.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "train: 3\n", "\x00"], ids=repr)
+def test_a_file_that_is_no_params_file_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        config.load(tmp_path / "nothing.yaml")
+
+
+def test_dict_round_trip() -> None:
+    params = config.load(REPO / "params.yaml")
+    assert config.from_dict(config.to_dict(params)) == params
+    trained = config.trained(params)
+    assert config.trained_from_dict(config.to_dict(trained)) == trained
+
+
+def test_yaml_1_2_as_dvc_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    text = (REPO / "params.yaml").read_text()
+    path.write_text(re.sub(r"  lr: \S+", "  lr: 2e-4", text, count=1).replace("inception: auto", "inception: off"))
+    params = config.load(path)
+    assert params.train.lr == 2e-4
+    assert params.evaluate.inception == "off"

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from diffusion import data
+from diffusion.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_to_uint8_inverts_to_tensor_for_all_256_values() -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    tensor = data.to_tensor(values)
+    assert tensor.shape == (1, 3, 16, 16)
+    assert tensor.dtype == torch.float32
+    assert (tensor.min(), tensor.max()) == (-1.0, 1.0)
+    np.testing.assert_array_equal(data.to_uint8(tensor).numpy(), values)
+
+
+def test_to_tensor_is_affine_and_keeps_places() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    expected = images.astype(np.float64).transpose(0, 3, 1, 2) / 127.5 - 1.0
+    np.testing.assert_allclose(data.to_tensor(images).numpy(), expected, atol=1e-7)
+
+
+def test_to_uint8_rounds_and_clamps() -> None:
+    values = torch.tensor([-7.0, -1.0, -1.0 + 0.9 / 255, -1.0 + 1.1 / 255, 0.0, 1.0, 3.0]).view(1, 1, 1, 7)
+    assert data.to_uint8(values).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
+
+
+def test_split_is_stratified_disjoint_and_depends_on_the_seed() -> None:
+    labels = np.repeat(np.arange(10, dtype=np.uint8), [50, 150, 100, 100, 100, 100, 100, 100, 100, 100])
+    train, val = data.split(labels, 200, seed=1)
+    assert sorted([*train, *val]) == list(range(1000))
+    assert np.bincount(labels[val]).tolist() == [10, 30, 20, 20, 20, 20, 20, 20, 20, 20]
+    np.testing.assert_array_equal(val, data.split(labels, 200, seed=1)[1])
+    assert (val != data.split(labels, 200, seed=2)[1]).any()
+
+
+def test_split_takes_exactly_what_is_asked_when_classes_do_not_divide() -> None:
+    labels = np.arange(103, dtype=np.uint8) % 10
+    for count in (10, 17, 33):
+        train, val = data.split(labels, count, seed=0)
+        assert len(val) == count
+        assert len(train) == 103 - count
+        share = np.bincount(labels[val], minlength=10) - np.bincount(labels) * count / 103
+        assert np.abs(share).max() < 1
+
+
+@pytest.mark.parametrize("count", [5, 98])
+def test_split_refuses_impossible_counts(count: int) -> None:
+    with pytest.raises(UserError, match=r"data\.val_images"):
+        data.split(np.arange(100, dtype=np.uint8) % 10, count, seed=0)
+
+
+def numbered(count: int) -> torch.Tensor:
+    """Image i is filled with i on its left half and 255 - i on its right."""
+    column = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    return torch.cat([column.expand(-1, 4, 2, 3), 255 - column.expand(-1, 4, 2, 3)], dim=2).contiguous()
+
+
+def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
+    images = numbered(30)
+    for batch_size in (1, 4, 7, 30, 45):
+        batches = data.Batches(images, batch_size, seed=3, flip=False, device=CPU)
+        steps = -(-90 // batch_size)
+        order = torch.cat([batches.indices(step) for step in range(steps)])[:90]
+        for epoch in order.split(30):
+            assert sorted(epoch.tolist()) == list(range(30))
+        np.testing.assert_array_equal(order, torch.cat([data.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)]))
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    images = numbered(30)
+    one = data.Batches(images, 8, seed=3, flip=True, device=CPU)
+    other = data.Batches(images, 8, seed=3, flip=True, device=CPU)
+    forwards = [one(step) for step in range(12)]
+    backwards = [other(step) for step in reversed(range(12))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert (data.Batches(images, 8, seed=4, flip=True, device=CPU)(0) != forwards[0]).any()
+
+
+def test_flips_mirror_half_of_the_images_left_to_right() -> None:
+    images = numbered(100)
+    batches = data.Batches(images, 100, seed=0, flip=True, device=CPU)
+    flipped = 0
+    for step in range(20):
+        plain = data.to_tensor(images[batches.indices(step)])
+        for image, original in zip(batches(step), plain, strict=True):
+            mirrored = original.flip(-1)
+            assert image.equal(original) != image.equal(mirrored)
+            flipped += int(image.equal(mirrored))
+    assert 900 < flipped < 1100  # 2,000 fair coins: 4.5 standard deviations

@@ -1,0 +1,430 @@
+"""fetch.download against a local server that misbehaves in every way a server can."""
+
+import hashlib
+import random
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from diffusion import fetch
+from diffusion.fetch import FetchError, Limits
+
+CONTENT = random.Random(0).randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+PATIENT = Limits(connect_seconds=5, min_bytes_per_second=0, patience_seconds=20)
+HASTY = replace(PATIENT, patience_seconds=0.3)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the n-th request in the n-th of the server's modes; the last mode goes on for ever."""
+
+    server: "Server"
+
+    def do_GET(self) -> None:
+        self.server.ranges.append(self.headers.get("Range"))
+        mode = self.server.modes[min(len(self.server.ranges), len(self.server.modes)) - 1]
+        mode(self)
+
+    def body(self, content: bytes = CONTENT, *, honour_range: bool = True, only: int | None = None) -> None:
+        """A correct answer's headers, and its first `only` bytes."""
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(match[1]) if match and honour_range else 0
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"no.\n")
+            return
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start:][:only])
+        self.wfile.flush()
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+Mode = Callable[[Handler], None]
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, *modes: Mode) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.modes, self.ranges, self.over = modes, list[str | None](), threading.Event()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/file.bin"
+
+
+def fine(handler: Handler) -> None:
+    handler.body()
+
+
+def cut_after(count: int) -> Mode:
+    return lambda handler: handler.body(only=count)
+
+
+def status(code: int) -> Mode:
+    return lambda handler: handler.send_error(code)
+
+
+def silent(handler: Handler) -> None:
+    handler.server.over.wait()
+
+
+def stall(handler: Handler) -> None:
+    handler.body(only=1000)
+    handler.server.over.wait()
+
+
+def drip(handler: Handler) -> None:
+    handler.body(only=1000)
+    while not handler.server.over.wait(0.02):
+        handler.wfile.write(b"x" * 20)  # about 1 kB/s
+
+
+def ignores_range(handler: Handler) -> None:
+    handler.body(honour_range=False)
+
+
+def refuses_range(code: int) -> Mode:
+    return lambda handler: handler.send_error(code) if "Range" in handler.headers else handler.body()
+
+
+def redirect(handler: Handler) -> None:
+    if handler.path == "/elsewhere":
+        handler.body()
+        return
+    handler.send_response(302)
+    handler.send_header("Location", "/elsewhere")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def chunked(content: bytes, *, complete: bool) -> Mode:
+    def answer(handler: Handler) -> None:
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(content), content) + (b"0\r\n\r\n" if complete else b""))
+        handler.close_connection = True
+
+    return answer
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers: list[Server] = []
+
+    def start(*modes: Mode) -> Server:
+        servers.append(Server(*modes))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "downloads" / "file.bin"
+
+
+def part_of(target: Path, content: bytes | None = None) -> Path:
+    part = target.with_name("file.bin.part")
+    if content is not None:
+        target.parent.mkdir(exist_ok=True)
+        part.write_bytes(content)
+    return part
+
+
+def assert_complete(target: Path) -> None:
+    assert target.read_bytes() == CONTENT
+    assert {path.name for path in target.parent.iterdir()} <= {"file.bin", ".lock"}
+
+
+@pytest.mark.parametrize("mode", [fine, redirect, ignores_range, chunked(CONTENT, complete=True)])
+def test_whole_file(serve: Callable[..., Server], target: Path, mode: Mode) -> None:
+    assert fetch.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT) == target
+    assert_complete(target)
+
+
+def test_md5_in_capitals_and_no_digest(serve: Callable[..., Server], target: Path) -> None:
+    fetch.download(serve(fine).url, target, md5=hashlib.md5(CONTENT).hexdigest().upper(), limits=PATIENT)
+    assert_complete(target)
+    other = target.with_name("other.bin")
+    fetch.download(serve(fine).url, other, limits=PATIENT)
+    assert other.read_bytes() == CONTENT
+
+
+def test_empty_file(serve: Callable[..., Server], target: Path) -> None:
+    def empty(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    fetch.download(serve(empty).url, target, sha256=hashlib.sha256(b"").hexdigest(), limits=PATIENT)
+    assert target.read_bytes() == b""
+
+
+def test_verified_target_is_kept_without_a_request(serve: Callable[..., Server], target: Path) -> None:
+    server = serve(fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [None]
+
+
+@pytest.mark.parametrize("sha256", [SHA256, None])
+def test_target_that_does_not_verify_is_replaced(
+    serve: Callable[..., Server], target: Path, sha256: str | None
+) -> None:
+    target.parent.mkdir()
+    target.write_bytes(b"damaged")
+    fetch.download(serve(fine).url, target, sha256=sha256, limits=PATIENT)
+    assert_complete(target)
+
+
+@pytest.mark.parametrize("first", [cut_after(1000), chunked(CONTENT[:1000], complete=False)])
+def test_answer_that_ends_early_is_continued(serve: Callable[..., Server], target: Path, first: Mode) -> None:
+    server = serve(first, fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [None, "bytes=1000-"]
+    assert_complete(target)
+
+
+def test_answers_that_always_end_early_fail_and_leave_the_part(serve: Callable[..., Server], target: Path) -> None:
+    server = serve(cut_after(1000))
+    with pytest.raises(FetchError, match="ended early 4 times"):
+        fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
+    assert part_of(target).read_bytes() == CONTENT[:4000]
+    assert not target.exists()
+
+
+def test_part_is_continued_by_another_server(serve: Callable[..., Server], target: Path) -> None:
+    first, second = serve(stall), serve(fine)
+    with pytest.raises(FetchError, match=r"no data for 0\.3 s"):
+        fetch.download(first.url, target, sha256=SHA256, limits=HASTY)
+    fetch.download(second.url, target, sha256=SHA256, limits=PATIENT)
+    assert second.ranges == ["bytes=1000-"]
+    assert_complete(target)
+
+
+def test_interrupt_keeps_the_part(serve: Callable[..., Server], target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: object, received: int) -> None:
+        raise KeyboardInterrupt
+
+    server = serve(fine)
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch._Pace, "check", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    have = part_of(target).stat().st_size
+    assert {path.name for path in target.parent.iterdir()} == {"file.bin.part", ".lock"}
+    assert 0 < have <= len(CONTENT)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [None, f"bytes={have}-"]
+    assert_complete(target)
+
+
+@pytest.mark.parametrize("mode", [ignores_range, refuses_range(416), refuses_range(501), refuses_range(403)])
+def test_server_without_range_starts_anew(serve: Callable[..., Server], target: Path, mode: Mode) -> None:
+    part_of(target, b"x" * 1000)
+    fetch.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT)
+    assert_complete(target)
+
+
+def test_range_answer_from_another_offset_starts_anew(serve: Callable[..., Server], target: Path) -> None:
+    def from_500(handler: Handler) -> None:
+        if "Range" not in handler.headers:
+            handler.body()
+            return
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 500-{len(CONTENT) - 1}/{len(CONTENT)}")
+        handler.send_header("Content-Length", str(len(CONTENT) - 500))
+        handler.end_headers()
+        handler.wfile.write(CONTENT[500:])
+
+    server = serve(cut_after(1000), from_500)
+    fetch.download(server.url, target, limits=PATIENT)  # without a digest that would notice
+    assert server.ranges == [None, "bytes=1000-", None]
+    assert_complete(target)
+
+
+def test_range_answer_of_fewer_bytes_than_asked_is_continued(serve: Callable[..., Server], target: Path) -> None:
+    def piece(handler: Handler) -> None:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 1000-1999/{len(CONTENT)}")
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(CONTENT[1000:2000])
+
+    part_of(target, CONTENT[:1000])
+    server = serve(piece, fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == ["bytes=1000-", "bytes=2000-"]
+    assert_complete(target)
+
+
+@pytest.mark.parametrize("part", [CONTENT + b"more", b"x" * 1000, b"x" * len(CONTENT)])
+def test_part_of_something_else_is_fetched_anew(serve: Callable[..., Server], target: Path, part: bytes) -> None:
+    part_of(target, part)
+    server = serve(fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [f"bytes={len(part)}-", None]
+    assert_complete(target)
+
+
+def test_complete_part_needs_no_second_transfer(serve: Callable[..., Server], target: Path) -> None:
+    part_of(target, CONTENT)
+    server = serve(fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [f"bytes={len(CONTENT)}-"]
+    assert_complete(target)
+
+
+def test_without_a_digest_an_old_part_is_not_trusted(serve: Callable[..., Server], target: Path) -> None:
+    part_of(target, b"x" * 1000)
+    fetch.download(serve(fine).url, target, limits=PATIENT)
+    assert_complete(target)
+
+
+def test_file_that_changed_between_two_answers_is_fetched_anew(serve: Callable[..., Server], target: Path) -> None:
+    old = bytes(len(CONTENT))
+    server = serve(lambda handler: handler.body(old, only=1000), fine)
+    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == [None, "bytes=1000-", None]
+    assert_complete(target)
+
+
+@pytest.mark.parametrize("part", [None, b"x" * 1000])
+def test_wrong_bytes_are_not_kept(serve: Callable[..., Server], target: Path, part: bytes | None) -> None:
+    part_of(target, part)
+    server = serve(lambda handler: handler.body(b"y" * 5000))
+    with pytest.raises(FetchError, match=f"sha256 {hashlib.sha256(b'y' * 5000).hexdigest()}, not {SHA256}"):
+        fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == ([None] if part is None else ["bytes=1000-", None])
+    assert {path.name for path in target.parent.iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "limits", "reason"),
+    [
+        (status(404), PATIENT, "HTTP 404 Not Found"),
+        (status(503), PATIENT, "HTTP 503"),
+        (silent, HASTY, "no answer within 0.3 s"),
+        (stall, HASTY, "no data for 0.3 s"),
+        (drip, replace(HASTY, min_bytes_per_second=50_000), "too slow: .* under 50 kB/s"),
+        (fine, replace(PATIENT, max_bytes=10_000), "offers 0 MB, more than"),
+        (chunked(CONTENT, complete=True), replace(PATIENT, max_bytes=10_000), "sends more than"),
+        (lambda handler: handler.close_connection, PATIENT, "Remote end closed connection"),
+    ],
+    ids=["404", "503", "silent", "stall", "drip", "offers too much", "sends too much", "hangs up"],
+)
+def test_source_is_left(serve: Callable[..., Server], target: Path, mode: Mode, limits: Limits, reason: str) -> None:
+    with pytest.raises(FetchError, match=reason) as caught:
+        fetch.download(serve(mode).url, target, sha256=SHA256, limits=limits)
+    assert "\n" not in str(caught.value)
+    assert not target.exists()
+
+
+def test_rubbish_without_end_is_not_kept(serve: Callable[..., Server], target: Path) -> None:
+    with pytest.raises(FetchError, match="sends more than"):
+        fetch.download(
+            serve(chunked(CONTENT, complete=False)).url,
+            target,
+            sha256=SHA256,
+            limits=replace(PATIENT, max_bytes=10_000),
+        )
+    assert part_of(target).stat().st_size == 0
+
+
+def test_failing_server_leaves_the_part_to_the_next_one(serve: Callable[..., Server], target: Path) -> None:
+    part = part_of(target, CONTENT[:1000])
+    with pytest.raises(FetchError, match="HTTP 404"):
+        fetch.download(serve(status(404)).url, target, sha256=SHA256, limits=PATIENT)
+    assert part.read_bytes() == CONTENT[:1000]
+
+
+def test_nobody_listens(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(FetchError, match=r"^Connection refused$"):
+        fetch.download(f"http://127.0.0.1:{port}/", target, sha256=SHA256, limits=PATIENT)
+
+
+def test_host_that_never_accepts(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropped(*_: object, **__: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", dropped)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(FetchError, match=r"^no connection within 5 s$"):
+        fetch.download("http://127.0.0.1:9/", target, sha256=SHA256, limits=PATIENT)
+
+
+def test_unknown_host_and_bad_address_are_one_line(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(FetchError, match=r"^Name or service not known$"):
+        fetch.download("http://nowhere.invalid/file", target, sha256=SHA256, limits=PATIENT)
+    with pytest.raises(FetchError, match="Invalid URL"):
+        fetch.download("nowhere", target, sha256=SHA256, limits=PATIENT)
+
+
+def test_folder_that_cannot_be_written(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FetchError, match="cannot write"):
+        fetch.download(serve(fine).url, tmp_path / "file" / "below.bin", sha256=SHA256, limits=PATIENT)
+
+
+def test_two_downloads_of_one_file_make_one_request(serve: Callable[..., Server], target: Path) -> None:
+    server = serve(fine)
+    both = [
+        threading.Thread(target=fetch.download, args=(server.url, target), kwargs={"sha256": SHA256, "limits": PATIENT})
+        for _ in range(2)
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert server.ranges == [None]
+    assert_complete(target)
+
+
+def test_pace_looks_at_the_last_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, received = [0.0], 0
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    pace = fetch._Pace(Limits(min_bytes_per_second=1000, patience_seconds=20))
+    for clock[0] in range(1, 61):  # a minute at 1 MB/s hides nothing of the standstill that follows
+        received += 1_000_000
+        pace.check(received)
+    for clock[0] in range(61, 78):
+        pace.check(received)
+    clock[0] = 84
+    with pytest.raises(FetchError, match="too slow: 0 kB/s"):
+        pace.check(received)

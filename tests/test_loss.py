@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion.loss import Loss, min_snr_weight
+from diffusion.runtime import generator
+from diffusion.schedules import make_schedule
+
+
+class Zero(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Recorder(nn.Module):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t: list[Tensor] = []
+        self.x: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        self.t.append(t)
+        self.x.append(x)
+        return x
+
+
+def make_loss(prediction: str = "eps", weight: str = "simple", steps: int = 100) -> Loss:
+    return Loss(make_schedule("cosine", steps), prediction, weight, torch.float32)
+
+
+def test_the_loss_of_no_prediction_is_the_targets_mean_square() -> None:
+    """eps has mean square 1; v = a eps - s x0 has a^2 + s^2 E[x0^2] (independent parts)."""
+    x0 = torch.full((4000, 3, 8, 8), 0.5)
+    assert float(make_loss("eps").training(Zero(), x0, generator(0, "a"))) == pytest.approx(1.0, rel=0.01)
+    assert float(make_loss("x0").training(Zero(), x0, generator(0, "a"))) == pytest.approx(0.25, rel=1e-6)
+    mean_s2 = float((1 - make_schedule("cosine", 100).alphas_cumprod).mean())
+    expected = (1 - mean_s2) + mean_s2 * 0.25
+    assert float(make_loss("v").training(Zero(), x0, generator(0, "a"))) == pytest.approx(expected, rel=0.03)
+
+
+def test_min_snr_weights_are_those_of_the_paper() -> None:
+    """Hang et al. 2023, section 3.4: eps min(SNR, 5) / SNR, x0 min(SNR, 5), v min(SNR, 5) / (SNR + 1)."""
+    snr = torch.tensor([0.01, 1.0, 5.0, 100.0])
+    torch.testing.assert_close(min_snr_weight(snr, "eps"), torch.tensor([1.0, 1.0, 1.0, 0.05]))
+    torch.testing.assert_close(min_snr_weight(snr, "x0"), torch.tensor([0.01, 1.0, 5.0, 5.0]))
+    torch.testing.assert_close(min_snr_weight(snr, "v"), torch.tensor([0.01 / 1.01, 0.5, 5 / 6, 5 / 101]))
+
+
+def test_min_snr_makes_the_three_targets_one_objective() -> None:
+    """Whatever is predicted, the weighted error is min(SNR, 5) times the error of x0."""
+    schedule = make_schedule("cosine", 100)
+    t = torch.tensor([20, 60, 90])
+    snr, alpha_bar = schedule.snr()[t], schedule.alphas_cumprod[t]
+    x0_error = torch.tensor([0.3, 0.2, 0.1]).double()
+    eps_error = x0_error * snr  # |d eps|^2 = |d x0|^2 a^2 / s^2 at fixed x_t
+    v_error = x0_error / (1 - alpha_bar)  # v = (a x_t - x0) / s
+    for prediction, error in (("x0", x0_error), ("eps", eps_error), ("v", v_error)):
+        torch.testing.assert_close(min_snr_weight(snr, prediction) * error, snr.clamp(max=5) * x0_error)
+
+
+def test_training_draws_from_its_source_alone() -> None:
+    x0 = torch.randn(16, 3, 8, 8)
+    recorder = Recorder()
+    loss = make_loss()
+    torch.manual_seed(1)
+    first = loss.training(recorder, x0, generator(0, "train", 5))
+    torch.manual_seed(2)
+    second = loss.training(recorder, x0, generator(0, "train", 5))
+    loss.training(recorder, x0, generator(0, "train", 6))
+    assert float(first) == float(second)
+    assert recorder.t[0].equal(recorder.t[1])
+    assert not recorder.t[0].equal(recorder.t[2])
+
+
+def test_training_steps_are_uniform() -> None:
+    recorder = Recorder()
+    make_loss(steps=10).training(recorder, torch.zeros(20_000, 1, 1, 1), generator(0, "train"))
+    counts = recorder.t[0].bincount(minlength=10)
+    assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all()
+
+
+def test_validation_is_one_fixed_grid_for_any_batch_size() -> None:
+    x0 = torch.randn(30, 3, 8, 8)
+    loss = make_loss(steps=15)
+    recorder = Recorder()
+    values = {loss.validation(recorder, x0, seed=0, batch_size=size) for size in (7, 30)}
+    assert max(values) - min(values) < 1e-7
+    t = torch.cat(recorder.t)[:30]
+    assert t.bincount().tolist() == [2] * 15  # every noise level equally often
+    assert loss.validation(recorder, x0, seed=1, batch_size=30) not in values
+
+
+def test_bf16_is_the_networks_alone() -> None:
+    x0 = torch.randn(8, 3, 8, 8)
+    recorder = Recorder()
+    loss = Loss(make_schedule("cosine", 100), "eps", "simple", torch.bfloat16)
+    value = loss.training(recorder, x0, generator(0, "train"))
+    assert recorder.x[0].dtype == torch.float32
+    assert value.dtype == torch.float32
