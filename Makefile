@@ -30,7 +30,7 @@ tune: setup  ## search learning rate and schedules with Optuna
 	@$(BIN)/python -m stages.tune
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
-	@$(BIN)/python -m diffusion.tracking ui --port $(PORT)
+	@$(BIN)/python -m diffusion.ui --port $(PORT)
 
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report

@@ -56,7 +56,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def tiny() -> Callable[..., config.Params]:
-    """params.yaml, shrunk, with further overrides: tiny(**{"train.lr": 1e-3})."""
+    """Load params.yaml, shrunk, with further overrides by dotted key."""
 
     def make(recipe: str = "params.yaml", **overrides: Any) -> config.Params:
         return config.load(REPO / recipe, {**TINY, **overrides})

@@ -60,6 +60,6 @@ def test_no_code_is_unpickled(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "owned",))
 
     checkpoint.save({"net": Evil()}, tmp_path, 1)
-    with pytest.raises(Exception, match="weights_only|Unsupported"):
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         checkpoint.latest(tmp_path)
     assert not (tmp_path / "owned").exists()

@@ -67,7 +67,9 @@ def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
         order = torch.cat([batches.indices(step) for step in range(steps)])[:90]
         for epoch in order.split(30):
             assert sorted(epoch.tolist()) == list(range(30))
-        np.testing.assert_array_equal(order, torch.cat([data.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)]))
+        np.testing.assert_array_equal(
+            order, torch.cat([data.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)])
+        )
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:

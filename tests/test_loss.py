@@ -31,7 +31,7 @@ def make_loss(prediction: str = "eps", weight: str = "simple", steps: int = 100)
 
 
 def test_the_loss_of_no_prediction_is_the_targets_mean_square() -> None:
-    """eps has mean square 1; v = a eps - s x0 has a^2 + s^2 E[x0^2] (independent parts)."""
+    """Eps has mean square 1; v = a eps - s x0 has a^2 + s^2 E[x0^2] (independent parts)."""
     x0 = torch.full((4000, 3, 8, 8), 0.5)
     assert float(make_loss("eps").training(Zero(), x0, generator(0, "a"))) == pytest.approx(1.0, rel=0.01)
     assert float(make_loss("x0").training(Zero(), x0, generator(0, "a"))) == pytest.approx(0.25, rel=1e-6)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def test_decays_from_lr_towards_zero(train, name: str, halfway: float) -> None:
     values = [learning_rate(k, train) for k in range(10, 100)]
     assert values[0] == 0.5
     assert values[45] == pytest.approx(halfway)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values))
     if name != "constant":
         assert 0 < values[-1] < 0.01
 

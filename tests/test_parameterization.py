@@ -35,7 +35,12 @@ def test_the_target_leads_back_to_x0_and_eps_at_each_t(name: str, schedule_name:
 
 def test_v_is_the_derivative_of_x_along_the_circle() -> None:
     """Salimans & Ho 2022, appendix D: with a = cos(phi), s = sin(phi), v = dx_phi / dphi."""
-    x0, eps, phi, h = torch.randn(1, 1, 2, 2).double(), torch.randn(1, 1, 2, 2).double(), torch.tensor(0.7).double(), 1e-6
+    x0, eps, phi, h = (
+        torch.randn(1, 1, 2, 2).double(),
+        torch.randn(1, 1, 2, 2).double(),
+        torch.tensor(0.7).double(),
+        1e-6,
+    )
     x = [torch.cos(p) * x0 + torch.sin(p) * eps for p in (phi - h, phi + h)]
     v = PARAMETERIZATIONS["v"].target(x0, eps, torch.cos(phi), torch.sin(phi))
     torch.testing.assert_close(v, (x[1] - x[0]) / (2 * h), rtol=0, atol=1e-8)

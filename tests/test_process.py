@@ -34,7 +34,9 @@ def test_each_image_has_its_own_step() -> None:
     x0, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     both = q_sample(schedule, x0, torch.tensor([2, 7]), eps)
     for i, t in enumerate((2, 7)):
-        torch.testing.assert_close(both[i : i + 1], q_sample(schedule, x0[i : i + 1], torch.tensor([t]), eps[i : i + 1]))
+        torch.testing.assert_close(
+            both[i : i + 1], q_sample(schedule, x0[i : i + 1], torch.tensor([t]), eps[i : i + 1])
+        )
 
 
 def brute_force_posterior(schedule, x0: float, x_t: float, t: int, s: int) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """Samplers against an exact denoiser: data N(mu, sigma2) per pixel have a closed-form E[x0 | x_t]."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import REPO
@@ -59,7 +61,7 @@ def test_ddim_is_first_order() -> None:
     for count in (32, 64, 128, 256):
         timesteps = sampling_timesteps("uniform", 4096, count)
         errors.append(float((finish(ddim(gaussian_denoiser(schedule), schedule, x_T, timesteps)) - exact).abs().max()))
-    orders = [torch.tensor(a / b).log2().item() for a, b in zip(errors, errors[1:], strict=False)]
+    orders = [torch.tensor(a / b).log2().item() for a, b in itertools.pairwise(errors)]
     assert all(0.8 < order < 1.3 for order in orders), (errors, orders)
 
 
@@ -74,13 +76,15 @@ def test_ddim_with_eta_one_is_ddpm_with_small_variance(count: int) -> None:
         def noise(source: torch.Generator = source) -> Tensor:
             return torch.randn((100, 1, 1, 1), generator=source, dtype=torch.float64)
 
-        chains.append(list(sampler(gaussian_denoiser(schedule), schedule, start(100), timesteps, noise=noise, **options)))
+        chains.append(
+            list(sampler(gaussian_denoiser(schedule), schedule, start(100), timesteps, noise=noise, **options))
+        )
     for a, b in zip(*chains, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 def test_ddpm_fixed_large_adds_beta() -> None:
-    """From x0 = eps = 0 the first step of the full chain leaves noise of variance beta_t (Ho et al. 2020, section 3.2)."""
+    """From x0 = eps = 0 the first step leaves noise of variance beta_t (Ho et al. 2020, section 3.2)."""
     schedule = make_schedule("linear", 100)
     zero = torch.zeros(100_000, 1, 1, 1, dtype=torch.float64)
     for variance, expected in (
@@ -88,7 +92,13 @@ def test_ddpm_fixed_large_adds_beta() -> None:
         ("fixed_small", schedule.betas[99] * (1 - schedule.alphas_cumprod[98]) / (1 - schedule.alphas_cumprod[99])),
     ):
         torch.manual_seed(0)
-        chain = ddpm(lambda x, t: Prediction(zero, zero), schedule, zero, sampling_timesteps("uniform", 100, 100), variance=variance)
+        chain = ddpm(
+            lambda x, t: Prediction(zero, zero),
+            schedule,
+            zero,
+            sampling_timesteps("uniform", 100, 100),
+            variance=variance,
+        )
         assert float(next(chain).var()) == pytest.approx(float(expected), rel=0.02)
 
 

@@ -18,7 +18,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_stopped_and_resumed_training_equals_the_one_that_was_not(tiny, tiny_data, tmp_path: Path, precision: str) -> None:
+def test_a_stopped_and_resumed_training_equals_the_one_that_was_not(
+    tiny, tiny_data, tmp_path: Path, precision: str
+) -> None:
     """Bit for bit: weights, average, best, optimiser, history; stopped between checkpoints, twice."""
     config = trained(tiny(**{"train.precision": precision, "model.dropout": 0.2, "train.steps": 11}))
     whole = Trainer(config, tiny_data, tmp_path / "whole", CPU)
@@ -76,7 +78,9 @@ def test_training_is_plain_adamw_on_the_mean_squared_error(tiny, tiny_data, tmp_
 
 
 def test_it_learns(tiny, tiny_data, tmp_path: Path) -> None:
-    config = trained(tiny(**{"train.steps": 200, "train.validate_every": 100, "train.checkpoint_every": 100, "train.lr": 5e-3}))
+    config = trained(
+        tiny(**{"train.steps": 200, "train.validate_every": 100, "train.checkpoint_every": 100, "train.lr": 5e-3})
+    )
     trainer = Trainer(config, tiny_data, tmp_path, CPU)
     before = trainer.validate()
     for _ in train(trainer):
@@ -84,7 +88,9 @@ def test_it_learns(tiny, tiny_data, tmp_path: Path) -> None:
     assert trainer.progress.best_val_loss < 0.6 * before
 
 
-def test_the_best_weights_are_kept_not_the_last(tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_kept_not_the_last(
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(trained(tiny()), tiny_data, tmp_path, CPU)
     values = iter([0.5, 0.1, 0.3])
     monkeypatch.setattr(trainer.loss, "validation", lambda *_: next(values))
@@ -109,7 +115,9 @@ def poisoned(trainer: Trainer, bad: set[int] | range, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer, "batches", batch)
 
 
-def test_a_non_finite_loss_is_never_stepped_on(tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_loss_is_never_stepped_on(
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(trained(tiny()), tiny_data, tmp_path, CPU)
     poisoned(trainer, {2}, monkeypatch)
     trainer.step(), trainer.step()
@@ -123,7 +131,9 @@ def test_a_non_finite_loss_is_never_stepped_on(tiny, tiny_data, tmp_path: Path, 
     assert (trainer.progress.skipped, trainer.progress.bad_in_a_row) == (1, 0)
 
 
-def test_ten_in_a_row_roll_back_to_the_last_checkpoint(tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_in_a_row_roll_back_to_the_last_checkpoint(
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(trained(tiny(**{"train.steps": 30, "train.checkpoint_every": 4})), tiny_data, tmp_path, CPU)
     poisoned(trainer, range(6, 16), monkeypatch)
     steps = [record.step for record in train(trainer)]
@@ -132,7 +142,9 @@ def test_ten_in_a_row_roll_back_to_the_last_checkpoint(tiny, tiny_data, tmp_path
     assert all(p.isfinite().all() for p in trainer.net.parameters())
 
 
-def test_three_rollbacks_without_recovery_end_in_a_clear_line(tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_rollbacks_without_recovery_end_in_a_clear_line(
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(trained(tiny(**{"train.steps": 500})), tiny_data, tmp_path, CPU)
     poisoned(trainer, range(5, 10_000), monkeypatch)
     with pytest.raises(UserError, match=r"after 3 rollbacks: lower train\.lr"):
@@ -141,7 +153,9 @@ def test_three_rollbacks_without_recovery_end_in_a_clear_line(tiny, tiny_data, t
     assert trainer.progress.skipped == 40
 
 
-def test_the_fingerprint_changes_with_params_data_and_code(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_changes_with_params_data_and_code(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = trained(tiny())
     names = {
         fingerprint(config, "a"),

@@ -106,7 +106,10 @@ def test_the_timestep_embedding_is_the_transformers() -> None:
     embedding.mlp = torch.nn.Identity()
     t = torch.tensor([0, 7, 999])
     expected = torch.stack(
-        [torch.cat([torch.sin(t * 10_000 ** (-i / 3)) for i in range(4)]).view(4, 3).T,
-         torch.cat([torch.cos(t * 10_000 ** (-i / 3)) for i in range(4)]).view(4, 3).T], dim=1
+        [
+            torch.cat([torch.sin(t * 10_000 ** (-i / 3)) for i in range(4)]).view(4, 3).T,
+            torch.cat([torch.cos(t * 10_000 ** (-i / 3)) for i in range(4)]).view(4, 3).T,
+        ],
+        dim=1,
     ).reshape(3, 8)
     torch.testing.assert_close(embedding(t), expected, rtol=1e-4, atol=1e-4)

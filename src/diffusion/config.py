@@ -163,7 +163,7 @@ def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Par
     """
     tree = _read_yaml(Path(path))
     for key, value in (overrides or {}).items():
-        if key not in keys():
+        if key not in schema():
             raise UserError(f"{path}: {_unknown(key)}")
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
@@ -181,7 +181,7 @@ def from_dict(tree: Mapping[str, Any]) -> Params:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    known = keys()
+    known = schema()
     for key in _dotted(tree):  # pydantic would say "unexpected keyword"; the nearest real key is what helps
         if key not in known and key not in _sections():
             raise UserError(_unknown(key))
@@ -230,13 +230,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def flat(params: Params) -> dict[str, object]:
-    """Dotted key -> value, one entry a key of params.yaml."""
-    tree = to_dict(params)
-    return {key: _get(tree, key) for key in keys()}
+def flat(config: Any, section: str = "") -> dict[str, object]:
+    """Dotted key -> value of a config dataclass; a section's keys begin with its name, which has to be given."""
+    found: dict[str, object] = {}
+    for name, value in to_dict(config).items():
+        key = f"{section}.{name}" if section else name
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
-def keys() -> dict[str, Any]:
+def schema() -> dict[str, Any]:
     """Dotted key -> annotated type, for every key of params.yaml."""
     found: dict[str, Any] = {}
     for name, kind in get_type_hints(Params, include_extras=True).items():
@@ -291,12 +294,15 @@ def _check_across(params: Params) -> None:
             )
     if not params.data.sources:
         raise UserError("data.sources is empty: name at least one of local, mirrors, npm, official")
+    if params.data.path is not None and "local" not in params.data.sources:
+        raise UserError("data.path is set but data.sources lacks local: add it, or set data.path: null")
     if params.tune.lr[0] > params.tune.lr[1]:
         raise UserError(f"tune.lr = {list(params.tune.lr)}: the lower end comes first")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     try:
         tree = YAML(typ="safe", pure=True).load(path)  # YAML 1.2, as DVC reads it: 1e-4 is a number, off a word
@@ -312,17 +318,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _explain(error: Mapping[str, Any]) -> str:
     """One line for pydantic's first error."""
     path = [str(part) for part in error["loc"]]
-    key = next((k for k in (".".join(path[:2]), path[0]) if k in keys()), ".".join(path[:2]))
-    kind = keys().get(key)
+    key = next((k for k in (".".join(path[:2]), path[0]) if k in schema()), ".".join(path[:2]))
+    kind = schema().get(key)
     if error["type"] == "missing":
-        return f"{key} is missing: {'add it, ' + allowed(kind) if kind else 'add the section, as in params/laptop.yaml'}"
+        return (
+            f"{key} is missing: {'add it, ' + allowed(kind) if kind else 'add the section, as in params/laptop.yaml'}"
+        )
     if kind is None:
         return f"{key} must be a section of keys, as in params/laptop.yaml"
     return f"{key} = {error['input']!r} is not allowed: it must be {allowed(kind)}"
 
 
 def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, [*keys(), *_sections()], n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(key, [*schema(), *_sections()], n=1, cutoff=0.0)[0]
     return f"unknown key {key}: did you mean {near}?"
 
 
@@ -337,9 +345,3 @@ def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in value)
         else:
             yield str(name)
-
-
-def _get(tree: Mapping[str, Any], dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree[part]
-    return tree

@@ -20,7 +20,7 @@ def to_tensor(images: np.ndarray | Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """float (N, C, H, W) -> uint8 (N, H, W, C): clamped to [-1, 1] and rounded; inverts `to_tensor` exactly."""
+    """Float (N, C, H, W) -> uint8 (N, H, W, C): clamped to [-1, 1] and rounded; inverts `to_tensor` exactly."""
     scaled = images.float().clamp(-1.0, 1.0).add(1.0).mul(127.5)
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
@@ -46,8 +46,8 @@ def load_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def digest(images: np.ndarray, labels: np.ndarray) -> str:
     """sha256 of shapes, pixels and labels: the identity of a data set."""
     sha = hashlib.sha256(f"{images.shape} {labels.shape}".encode())
-    sha.update(np.ascontiguousarray(images))
-    sha.update(np.ascontiguousarray(labels))
+    sha.update(np.ascontiguousarray(images).data)
+    sha.update(np.ascontiguousarray(labels).data)
     return sha.hexdigest()
 
 

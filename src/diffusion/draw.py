@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import images, paths, sampling, tracking
-from diffusion.config import Params, to_dict
+from diffusion.config import Params, flat, to_dict
 from diffusion.export import load_model, read_card
 from diffusion.parameterization import Denoiser
-from diffusion.runtime import resolve_device, resolve_precision
+from diffusion.runtime import keep_freed_memory, resolve_device, resolve_precision
 from diffusion.schedules import make_schedule
 
 GRID_IMAGES = 64
@@ -31,6 +31,7 @@ def draw(params: Params) -> None:
         params.tracking, card["run_id"], stage="sample", journal=paths.RUNS / card["fingerprint"] / "journal.jsonl"
     )
     with tracking.closing_status(tracker):
+        tracker.params(flat(params.sample, "sample"))
         start = time.perf_counter()
         _draw(params, card)
         seconds = time.perf_counter() - start
@@ -42,6 +43,7 @@ def draw(params: Params) -> None:
 def _draw(params: Params, card: dict[str, Any]) -> None:
     config = params.sample
     device = resolve_device(config.device)
+    keep_freed_memory()
     net, trained = load_model(paths.MODEL)
     denoiser = Denoiser(
         net.to(device),
@@ -65,7 +67,7 @@ def _draw(params: Params, card: dict[str, Any]) -> None:
         "network_evaluations": config.steps,
         "precision": str(denoiser.dtype).removeprefix("torch."),
         "seed": params.seed,
-        **{key: card.get(key) for key in ("weights", "step", "data_digest", "run_id")},
+        **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
     }
     paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")
     images.save_png(images.grid(drawn[:GRID_IMAGES], columns=8, scale=2), paths.SAMPLES / "grid.png")

@@ -23,5 +23,5 @@ class EMA:
 
     @torch.no_grad()
     def update(self, net: nn.Module, decay: float) -> None:
-        """average = decay * average + (1 - decay) * weights."""
+        """Average = decay * average + (1 - decay) * weights."""
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1.0 - decay)

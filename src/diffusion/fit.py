@@ -20,8 +20,10 @@ from diffusion.config import Params, flat, trained
 from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.export import save_model
+from diffusion.journal import Tracker
 from diffusion.previews import write_previews
-from diffusion.runtime import resolve_device
+from diffusion.provenance import git_tags
+from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training import Record, Trainer, fingerprint, train
 
 
@@ -34,6 +36,7 @@ def fit(params: Params) -> None:
     """
     config, data = trained(params), Dataset.load()
     device = resolve_device(config.train.device)
+    keep_freed_memory()
     folder = paths.RUNS / fingerprint(config, data.digest)
     with only_trainer(folder), StopRequest() as stop:
         trainer = Trainer(config, data, folder, device)
@@ -67,7 +70,7 @@ def only_trainer(folder: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between two steps; the second one interrupts."""
+    """Turns the first SIGINT or SIGTERM into a flag that is read between two steps; the second one interrupts."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -86,7 +89,7 @@ class StopRequest:
         self.asked = True
 
 
-def _loop(trainer: Trainer, tracker: tracking.Tracker, stop: StopRequest) -> None:
+def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
     config = trainer.config.train
     with tqdm(
         total=config.steps * config.batch_size,
@@ -107,11 +110,16 @@ def _loop(trainer: Trainer, tracker: tracking.Tracker, stop: StopRequest) -> Non
                 raise KeyboardInterrupt(f"stopped at step {record.step}; `dvc repro` goes on from there")
 
 
-def _show(record: Record, trainer: Trainer, tracker: tracking.Tracker, bar: Any) -> None:
+def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
     """Bar and tracker get what the step logged."""
     progress = trainer.progress
     if record.row:
-        names = {"loss": "train/loss", "loss_smoothed": "train/loss_smoothed", "lr": "train/lr", "grad_norm": "train/grad_norm"}
+        names = {
+            "loss": "train/loss",
+            "loss_smoothed": "train/loss_smoothed",
+            "lr": "train/lr",
+            "grad_norm": "train/grad_norm",
+        }
         values = {names[key]: value for key, value in record.row.items() if key in names}
         values["train/images_per_second"] = _images_per_second(trainer)
         tracker.metrics(values, record.step)
@@ -125,7 +133,7 @@ def _show(record: Record, trainer: Trainer, tracker: tracking.Tracker, bar: Any)
         bar.set_postfix_str(f"loss {smoothed:.4f}, validation {val}", refresh=False)
 
 
-def _open_run(params: Params, folder: Path, data_digest: str) -> tracking.Tracker:
+def _open_run(params: Params, folder: Path, data_digest: str) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
     memory = folder / "mlflow_run_id"
     tracker = tracking.open_run(
@@ -133,11 +141,11 @@ def _open_run(params: Params, folder: Path, data_digest: str) -> tracking.Tracke
         name=run_name(params),
         run_folder=folder,
         run_id=memory.read_text().strip() if memory.exists() else None,
-        tags={"data.digest": data_digest, "fingerprint": folder.name, **tracking.git_tags()},
+        tags={"data.digest": data_digest, "fingerprint": folder.name, **git_tags()},
     )
     if tracker.run_id:
         memory.write_text(tracker.run_id + "\n")
-    tracker.params(flat(params))
+    tracker.params(flat(trained(params)))
     return tracker
 
 
@@ -152,7 +160,7 @@ def _images_per_second(trainer: Trainer) -> float:
     return progress.step * trainer.config.train.batch_size / max(progress.seconds, 1e-9)
 
 
-def _write_outputs(trainer: Trainer, tracker: tracking.Tracker, data_digest: str) -> None:
+def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None:
     progress, config = trainer.progress, trainer.config.train
     metrics = {
         "images_seen": progress.step * config.batch_size,

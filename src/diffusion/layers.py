@@ -11,12 +11,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class TimestepEmbedding(nn.Module):
-    """Integer steps (B,) -> (B, width): sinusoids of the transformer (Vaswani et al. 2017, section 3.5), then an MLP."""
+    """Integer steps (B,) -> (B, width): sinusoids (Vaswani et al. 2017, section 3.5), then an MLP."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         half = channels // 2
         frequencies = torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10_000.0) / (half - 1)))
+        self.frequencies: Tensor
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * half, width), nn.SiLU(), nn.Linear(width, width))
 

@@ -17,7 +17,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step 0 .. steps - 1: linear warm-up to train.lr, then the decay, which would reach 0 at `steps`."""
+    """Learning rate of step 0 .. steps - 1: linear warm-up to train.lr, then the decay, at 0 only after the end."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(1, config.steps - config.warmup_steps)

@@ -1,6 +1,7 @@
 """Where and how arithmetic runs: device, precision, and random numbers that depend on (seed, purpose, index) alone."""
 
 import contextlib
+import ctypes
 import hashlib
 from collections.abc import Iterator
 
@@ -44,6 +45,17 @@ def generator(seed: int, purpose: str, index: int = 0, device: torch.device | st
     """A generator whose stream is a function of (seed, purpose, index): no draw depends on what was drawn before."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def keep_freed_memory() -> None:
+    """Stop glibc from handing large freed blocks back to the system, which costs page faults in every step.
+
+    A training step on two cores takes about a fifth less time with it (benchmarks/malloc.py). Other systems: no effect.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ a function here, an entry in SAMPLERS, its name in config.py.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -35,10 +36,7 @@ def ddpm(
     x = x_T
     for t, s in _pairs(timesteps, x):
         mean, small = posterior_mean_variance(schedule, denoise(x, t).x0, x, t, s)
-        if variance == "fixed_small":
-            sigma2 = small
-        else:
-            sigma2 = column(1.0 - schedule.alpha_bar(t) / schedule.alpha_bar(s), x)
+        sigma2 = small if variance == "fixed_small" else column(1.0 - schedule.alpha_bar(t) / schedule.alpha_bar(s), x)
         x = mean if int(s[0]) < 0 else mean + sigma2.sqrt() * _draw(noise, x)
         yield x
 
@@ -77,7 +75,7 @@ def configured(config: SampleConfig) -> Callable[..., Iterator[Tensor]]:
 def _pairs(timesteps: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(t, s) as int64 (B,): each step and the next one; -1 after the last."""
     steps = [*timesteps.tolist(), -1]
-    for t, s in zip(steps, steps[1:], strict=False):
+    for t, s in itertools.pairwise(steps):
         yield tuple(torch.full((len(x),), step, device=x.device) for step in (t, s))  # type: ignore[misc]
 
 

@@ -23,7 +23,7 @@ def trajectory(
     indices: Sequence[int],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """x after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last."""
+    """X after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last."""
     sources = [generator(seed, "sample", i) for i in indices]
 
     def noise() -> Tensor:

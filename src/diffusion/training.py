@@ -70,14 +70,12 @@ class Trainer:
         self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
         with seeded(config.seed, "init", 0, torch.device("cpu")):
             net = UNet(config.model)
-        self.net: nn.Module = net.to(device, memory_format=torch.channels_last)
+        self.net: nn.Module = net.to(device).to(memory_format=torch.channels_last)
         self.ema = EMA(self.net)
         self.best = copy.deepcopy(self.ema.net.state_dict())
         self.optimizer = make_optimizer(self.net, config.train)
         self.loss = Loss(self.schedule, config.diffusion.prediction, config.train.loss_weight, self.dtype)
-        self.batches = Batches(
-            data.train, config.train.batch_size, config.seed, flip=config.train.flip, device=device
-        )
+        self.batches = Batches(data.train, config.train.batch_size, config.seed, flip=config.train.flip, device=device)
         self.val = to_tensor(data.val.to(device))
         self.progress = Progress()
         self._recent: list[float] = []
@@ -155,7 +153,9 @@ class Trainer:
         loss = sum(self._recent) / len(self._recent) if self._recent else math.nan
         self._recent = []
         before = progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else loss
-        smoothed = loss if math.isnan(before) else before if math.isnan(loss) else before + (loss - before) * (1 - SMOOTHING)
+        smoothed = (
+            loss if math.isnan(before) else before if math.isnan(loss) else before + (loss - before) * (1 - SMOOTHING)
+        )
         row = {"step": progress.step, "loss": loss, "loss_smoothed": smoothed, "lr": lr, "grad_norm": grad_norm}
         progress.loss_rows.append(row)
         return row

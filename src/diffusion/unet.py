@@ -101,7 +101,9 @@ class Block(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, width: int, config: ModelConfig, attend: bool) -> None:
         super().__init__()
         self.residual = ResidualBlock(channels_in, channels_out, width, config.norm_groups, config.dropout)
-        self.attention = SelfAttention(channels_out, config.norm_groups, config.head_channels) if attend else nn.Identity()
+        self.attention = (
+            SelfAttention(channels_out, config.norm_groups, config.head_channels) if attend else nn.Identity()
+        )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.attention(self.residual(x, embedding))

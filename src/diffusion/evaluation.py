@@ -1,0 +1,175 @@
+"""Judging samples: moments of images, references of real ones, and the distances between them."""
+
+import hashlib
+import json
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion import paths
+from diffusion.config import EvaluateConfig, Params
+from diffusion.data import load_images
+from diffusion.errors import UserError
+from diffusion.features import EfficientNetLite0, Extractor, Inception, WeightsUnavailableError, find_inception_weights
+from diffusion.metrics import Moments, frechet_distance
+from diffusion.runtime import keep_freed_memory, resolve_device
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments of real images, and the key that says of which images and by which extractor."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    key: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write an npz file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True))
+
+    @staticmethod
+    def load(path: Path, extractor: Mapping[str, str]) -> "Reference":
+        """Read a reference that was made by the extractor described by `extractor`.
+
+        Raises:
+            UserError: the file is missing or damaged, or was made by another extractor.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                reference = Reference(archive["mean"], archive["cov"], json.loads(str(archive["key"])))
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be used ({error}): run `dvc repro -f reference`") from None
+        if reference.key["extractor"] != dict(extractor):
+            raise UserError(f"{path} was made by another extractor than this one: run `dvc repro -f reference`")
+        return reference
+
+
+def moments_of(images: np.ndarray, extractor: Extractor, batch_size: int, device: torch.device, what: str) -> Moments:
+    """Moments of the features of uint8 (N, H, W, 3) images, with a progress bar called `what`."""
+    moments = Moments(extractor.dim)
+    extractor.to(device)
+    with tqdm(total=len(images), unit=" images", desc=what, mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = torch.from_numpy(images[start : start + batch_size]).to(device)
+            moments.update(extractor(_nchw(batch)))
+            bar.update(len(batch))
+    return moments
+
+
+def make_reference(
+    images: np.ndarray, split: str, extractor: Extractor, batch_size: int, device: torch.device
+) -> Reference:
+    """Reference of all `images`, which are the first of `split`."""
+    moments = moments_of(images, extractor, batch_size, device, f"reference {extractor.metric}")
+    key = {
+        "split": split,
+        "images": len(images),
+        "images_sha256": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
+        "extractor": extractor.describe(),
+    }
+    return Reference(moments.mean, moments.cov, key)
+
+
+def write_references(params: Params, folder: Path = paths.REFERENCE) -> None:
+    """The reference stage: reference/fd_lite0.npz, and reference/fid.npz if `evaluate.inception` and the weights allow.
+
+    Raises:
+        UserError: the split has too few images, or Inception is required and its weights cannot be had.
+    """
+    config = params.evaluate
+    device = resolve_device(config.device)
+    keep_freed_memory()
+    images, _ = load_images({"train": paths.CIFAR10_TRAIN, "test": paths.CIFAR10_TEST}[config.reference_split])
+    for extractor in _extractors(config):
+        count = config.inception_images if isinstance(extractor, Inception) else config.reference_images
+        if count > len(images):
+            raise UserError(f"{count} reference images are asked for and {config.reference_split} has {len(images)}")
+        reference = make_reference(images[:count], config.reference_split, extractor, config.batch_size, device)
+        reference.save(folder / f"{extractor.metric}.npz")
+
+
+def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE) -> dict[str, Any]:
+    """Distances of the images in `samples` (npz) to the references in `folder`.
+
+    {"fd_lite0": value, "fid": value if there is a reference for it, "about": {metric: all that the number depends on}};
+    `about` says how the samples were made and is copied beside each number.
+
+    Raises:
+        UserError: the samples are not uint8 RGB images or too few, or a reference does not fit.
+    """
+    config = params.evaluate
+    device = resolve_device(config.device)
+    keep_freed_memory()
+    images = load_samples(samples)
+    extractors: list[Extractor] = [EfficientNetLite0()]
+    if (folder / "fid.npz").exists():
+        extractors.append(Inception(_weights_again(config)))
+    result: dict[str, Any] = {"about": {}}
+    for extractor in extractors:
+        chosen = images[: config.inception_images] if isinstance(extractor, Inception) else images
+        if isinstance(extractor, Inception) and len(chosen) < extractor.dim:
+            raise UserError(
+                f"FID needs at least {extractor.dim} samples and has {len(chosen)}: raise sample.num_images and "
+                "evaluate.inception_images, or set evaluate.inception: off"
+            )
+        reference = Reference.load(folder / f"{extractor.metric}.npz", extractor.describe())
+        moments = moments_of(chosen, extractor, config.batch_size, device, extractor.metric)
+        result[extractor.metric] = frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+        result["about"][extractor.metric] = {"samples": len(chosen), "reference": reference.key, **about}
+    return result
+
+
+def load_samples(path: Path) -> np.ndarray:
+    """uint8 (N, H, W, 3), N >= 2.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive["images"]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro sample`") from None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not an npz file with images ({error}): run `dvc repro -f sample`") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
+        raise UserError(f"{path} holds {images.dtype} {images.shape}, not two or more uint8 images (N, H, W, 3)")
+    return images
+
+
+def _extractors(config: EvaluateConfig) -> list[Extractor]:
+    """fd_lite0's always; Inception's as `evaluate.inception` says."""
+    extractors: list[Extractor] = [EfficientNetLite0()]
+    if config.inception == "off":
+        return extractors
+    try:
+        extractors.append(Inception(find_inception_weights(config)))
+    except WeightsUnavailableError as error:
+        place = f"put pt_inception-2015-12-05-6726825d.pth into {paths.WEIGHTS}"
+        if config.inception == "require":
+            raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {place}") from None
+        skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place} and run `dvc repro -f reference`"
+        click.secho(skipped, fg="yellow", bold=True, err=True)
+    return extractors
+
+
+def _weights_again(config: EvaluateConfig) -> Path:
+    """The weights that the reference was made with."""
+    try:
+        return find_inception_weights(config)
+    except WeightsUnavailableError as error:
+        raise UserError(f"the Inception weights are gone ({error}): run `dvc repro -f reference`") from None
+
+
+def _nchw(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2)

@@ -1,0 +1,218 @@
+"""Every chart of the project: the only module that imports matplotlib.
+
+Figures are built and drawn without pyplot, so nothing is global and no display is needed. A function NAME_figure
+returns the Figure; the function beside it writes it to a PNG file.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from diffusion import images as pictures
+from diffusion.data import to_tensor, to_uint8
+from diffusion.process import q_sample
+from diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule
+
+DPI = 144
+INK, FAINT, GRID = "#1f2328", "#59636e", "#e3e6ea"
+BLUE, ORANGE, GREEN, LIGHT_BLUE = "#0072B2", "#D55E00", "#009E73", "#B5D8EC"  # Okabe & Ito 2008: colour-blind-safe
+LINE_COLOURS = (BLUE, ORANGE, GREEN)
+LINE_STYLES = ("-", "--", "-.")  # a second cue beside colour
+LOG_FROM = 4.0  # a range of this ratio or more is drawn on a logarithmic axis
+
+Row = Mapping[str, float]
+
+
+def loss_figure(loss_rows: Sequence[Row], val_rows: Sequence[Row]) -> Figure:
+    """Training loss, raw and smoothed, and validation loss over steps; the best validation step is marked.
+
+    loss_rows: `step, loss, loss_smoothed`; val_rows: `step, val_loss`. Either may be empty.
+    """
+    figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    _style(axes, "Training and validation loss", "training step", "loss")
+    if loss_rows:
+        steps = _column(loss_rows, "step")
+        axes.plot(steps, _column(loss_rows, "loss"), color=LIGHT_BLUE, linewidth=0.7, label="training, single batches")
+        axes.plot(steps, _column(loss_rows, "loss_smoothed"), color=BLUE, linewidth=1.8, label="training, smoothed")
+    if val_rows:
+        steps, losses = _column(val_rows, "step"), _column(val_rows, "val_loss")
+        marker = "o" if len(steps) <= 60 else ""
+        axes.plot(steps, losses, color=ORANGE, linewidth=1.8, marker=marker, markersize=3.5, label="validation (EMA)")
+        if np.isfinite(losses).any():
+            _mark_best(axes, steps, losses)
+    _choose_scale(axes, [_column(loss_rows, "loss"), _column(val_rows, "val_loss")])
+    axes.margins(x=0.02)
+    if loss_rows or val_rows:
+        _legend(axes, "upper right")
+    return figure
+
+
+def loss_curve(loss_rows: Sequence[Row], val_rows: Sequence[Row], path: Path) -> None:
+    """Write `loss_figure` to `path`."""
+    save(loss_figure(loss_rows, val_rows), path)
+
+
+def schedules_figure(num_steps: int, used: str | None = None) -> Figure:
+    """alpha-bar and log-SNR over t for every noise schedule; `used` names the one that this run has."""
+    figure = Figure(figsize=(7.5, 3.6), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _style(left, "Signal left in $x_t$", "diffusion step $t$", r"$\bar\alpha_t$")
+    _style(right, "Signal-to-noise ratio", "diffusion step $t$", r"log SNR $= \ln\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+    for name, colour, line in zip(SCHEDULES, LINE_COLOURS, LINE_STYLES, strict=True):
+        alpha_bar = make_schedule(name, num_steps).alphas_cumprod.numpy()
+        log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+        label = f"{name} (this run)" if name == used else name
+        width = 2.4 if name == used else 1.5
+        for axes, values in ((left, alpha_bar), (right, log_snr)):
+            axes.plot(np.arange(num_steps), values, line, color=colour, linewidth=width, label=label)
+    _legend(left, "upper right")
+    return figure
+
+
+def schedules(num_steps: int, path: Path, used: str | None = None) -> None:
+    """Write `schedules_figure` to `path`."""
+    save(schedules_figure(num_steps, used), path)
+
+
+def noising_frames(
+    images: np.ndarray, schedule: NoiseSchedule, columns: int, seed: int
+) -> tuple[np.ndarray, list[int]]:
+    """uint8 (columns, N, H, W, C) and the step t of each column but the first, which holds the images themselves.
+
+    The steps are even up to the last, and a row has one noise for all of them.
+    """
+    steps = np.linspace(0, schedule.num_steps - 1, columns).round().astype(int).tolist()[1:]
+    x0 = to_tensor(images)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
+    noisy = [to_uint8(q_sample(schedule, x0, torch.full((len(x0),), t), eps)).numpy() for t in steps]
+    return np.stack([images, *noisy]), steps
+
+
+def noising_figure(
+    images: np.ndarray, schedule: NoiseSchedule, *, columns: int = 9, scale: int = 3, seed: int = 0
+) -> Figure:
+    """The forward process on uint8 (N, H, W, 3): one row an image, one column a step, headed by t and alpha-bar."""
+    frames, steps = noising_frames(images, schedule, columns, seed)
+    gap, margin, head = 4, 24, 92
+    picture = pictures.strip(frames, gap=gap, scale=scale)
+    height, width = picture.shape[:2]
+    figure = _pixel_figure(width + 2 * margin, height + head + margin)
+    figure.figimage(picture, margin, margin)
+    _text(figure, margin, height + margin + head - 16, "Forward process: noise added step by step", 15, INK, "left")
+    pitch = images.shape[2] * scale + gap
+    heads = [r"$x_0$", *(f"$t={t}$" for t in steps)]
+    alpha_bars = [1.0, *schedule.alphas_cumprod[steps].tolist()]
+    for i, (text, alpha_bar) in enumerate(zip(heads, alpha_bars, strict=True)):
+        centre = margin + i * pitch + images.shape[2] * scale / 2
+        _text(figure, centre, height + margin + 44, text, 12, INK, "center")
+        _text(figure, centre, height + margin + 24, rf"$\bar\alpha={_short(alpha_bar)}$", 12, FAINT, "center")
+    return figure
+
+
+def noising_strip(images: np.ndarray, schedule: NoiseSchedule, path: Path) -> None:
+    """Write `noising_figure` to `path`."""
+    save(noising_figure(images, schedule), path)
+
+
+def comparison_figure(real: np.ndarray, generated: np.ndarray, scores: str, *, columns: int = 8) -> Figure:
+    """The first columns^2 of both sets, uint8 (N, H, W, 3), side by side; `scores` stands under the second's title."""
+    grids = [pictures.grid(images[: columns**2], columns=columns, scale=2) for images in (real, generated)]
+    margin, head, between = 24, 72, 36
+    height = max(picture.shape[0] for picture in grids)
+    figure = _pixel_figure(2 * margin + between + sum(g.shape[1] for g in grids), height + head + margin)
+    x = margin
+    for picture, title, below in zip(grids, ("Real", "Generated"), ("CIFAR-10, training set", scores), strict=True):
+        figure.figimage(picture, x, margin + height - picture.shape[0])
+        _text(figure, x, height + margin + head - 16, title, 15, INK, "left")
+        _text(figure, x, height + margin + 28, below, 12, FAINT, "left")
+        x += picture.shape[1] + between
+    return figure
+
+
+def comparison(real: np.ndarray, generated: np.ndarray, scores: str, path: Path) -> None:
+    """Write `comparison_figure` to `path`."""
+    save(comparison_figure(real, generated, scores), path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG: whole or not at all, equal bytes for equal figures."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pictures.save_png(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3]), path)
+
+
+def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, fontweight="semibold", color=INK, pad=10)
+    axes.set_xlabel(x_label, fontsize=10, color=INK)
+    axes.set_ylabel(y_label, fontsize=10, color=INK)
+    axes.tick_params(which="both", labelsize=9, labelcolor=FAINT, color=GRID, length=3)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#c3c9d0")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
+def _legend(axes: Axes, place: str) -> None:
+    axes.legend(loc=place, fontsize=9, labelcolor=INK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.4)
+
+
+def _mark_best(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
+    best = int(np.nanargmin(np.where(np.isfinite(losses), losses, np.nan)))
+    label = f"best validation: {losses[best]:.4g} at step {steps[best]:,.0f}"
+    axes.plot(
+        steps[best : best + 1],
+        losses[best : best + 1],
+        linestyle="none",
+        marker="*",
+        markersize=13,
+        color=ORANGE,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        zorder=5,
+        label=label,
+    )
+
+
+def _choose_scale(axes: Axes, series: Sequence[np.ndarray]) -> None:
+    """Logarithmic y where the values span several times their smallest, with round numbers as ticks."""
+    values = np.concatenate(series)
+    values = values[np.isfinite(values)]
+    if not len(values) or values.min() <= 0 or values.max() < LOG_FROM * values.min():
+        return
+    axes.set_yscale("log")
+    close = values.max() < 30 * values.min()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if close else (1, 2, 5), numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("loss (logarithmic)")
+
+
+def _pixel_figure(width: int, height: int) -> Figure:
+    """A figure of exactly width x height pixels, on which `figimage` places pictures without resampling."""
+    return Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI)  # Agg truncates to whole pixels
+
+
+def _text(figure: Figure, x: float, y: float, text: str, pixels: int, colour: str, align: str) -> None:
+    """Text with its baseline at pixel (x, y) from the lower left corner."""
+    figure.text(x, y, text, transform=None, fontsize=pixels * 72 / DPI, color=colour, ha=align, va="baseline")
+
+
+def _short(alpha_bar: float) -> str:
+    if alpha_bar >= 0.0005 or alpha_bar == 0:
+        return f"{alpha_bar:.3f}" if alpha_bar < 1 else "1"
+    exponent = math.floor(math.log10(alpha_bar))
+    return rf"{alpha_bar / 10**exponent:.0f}\cdot10^{{{exponent}}}"
+
+
+def _column(rows: Sequence[Row], name: str) -> np.ndarray:
+    return np.array([float(row[name]) for row in rows], dtype=np.float64)

@@ -1,0 +1,155 @@
+"""What the stages say about a run, and the local journal that keeps it: the truth of which MLflow is a copy."""
+
+import json
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from tqdm import tqdm
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+JOURNAL = "journal.jsonl"
+
+
+class Tracker(Protocol):
+    """What the stages say about a run. No call raises because of an outage."""
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None where there is only the journal."""
+
+    def params(self, flat: Mapping[str, object]) -> None:
+        """Parameters by dotted key. MLflow keeps the first value of a key."""
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves, one a key, at a training step. NaN and infinities are allowed."""
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Short texts about the run; a later value replaces an earlier one."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or a folder to keep with the run, below `folder`. It must stay in place until close() returns."""
+
+    def close(self, status: Status, message: str = "") -> None:
+        """End the run's present stage; later calls are ignored. Waits some 5 s at most for a store that is away."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One call: what happened and when. `seq` counts a journal's lines from 1; 0 = not journalled."""
+
+    kind: Literal["open", "params", "metrics", "tags", "artifact", "close"]
+    data: Mapping[str, Any]
+    time: int  # milliseconds since the epoch
+    seq: int = 0
+
+
+class NullTracker:
+    """Ignores everything: for ranks other than 0. Base of the others, which say where events go."""
+
+    run_id: str | None = None
+    _closed = False
+
+    def params(self, flat: Mapping[str, object]) -> None:
+        self._emit("params", dict(flat))
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._emit("metrics", {"step": int(step), "values": {key: float(value) for key, value in values.items()}})
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        self._emit("tags", {key: str(value) for key, value in tags.items()})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._emit("artifact", {"path": str(path), "folder": folder})
+
+    def close(self, status: Status, message: str = "") -> None:
+        self._emit("close", {"status": status, "message": message})
+        if not self._closed:
+            self._closed = True
+            self.finish()
+
+    def record(self, event: Event) -> None:
+        """Take an event; never raises because of where it goes."""
+
+    def finish(self) -> None:
+        """Called once, after the close event."""
+
+    def _emit(self, kind: Any, data: Mapping[str, Any]) -> None:
+        if not self._closed:
+            self.record(Event(kind, data, time.time_ns() // 1_000_000))
+
+
+class Journal(NullTracker):
+    """Append-only JSONL file, a line an event: {"seq", "time", "kind", "data"}; non-finite metrics are strings.
+
+    Every line is handed to the operating system at once, so a killed process loses none. A file that another sitting
+    left is continued, after a torn last line on a line of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock, self._fd, self._seq = path, threading.Lock(), -1, 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            old = path.read_bytes() if path.exists() else b""
+            self._seq = max((event.seq for event in _parse(old)), default=0)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            if old and not old.endswith(b"\n"):
+                os.write(self._fd, b"\n")
+        except OSError as error:
+            warn(f"{path} cannot be written ({error.strerror}): this sitting has no journal")
+
+    def record(self, event: Event) -> None:
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._seq += 1
+            line = {"seq": self._seq, "time": event.time, "kind": event.kind, "data": _spelt(event)}
+            try:
+                os.write(self._fd, json.dumps(line, default=str).encode() + b"\n")  # one write: lines never mix
+            except OSError as error:
+                warn(f"{self._path} cannot be written ({error.strerror}): this sitting's journal ends here")
+                self.finish()
+
+    def finish(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # not every file system can; the lines are with the operating system already
+                os.fsync(fd)
+            os.close(fd)
+
+
+def read_journal(path: Path) -> list[Event]:
+    """The events of a journal in order, metric values as floats; none if there is no file; torn lines are left out."""
+    return list(_parse(path.read_bytes())) if path.exists() else []
+
+
+def _parse(journal: bytes) -> Iterator[Event]:
+    for line in journal.split(b"\n"):
+        try:
+            event = Event(**json.loads(line))
+        except (ValueError, TypeError):  # empty, or its writer was killed
+            continue
+        if event.kind == "metrics":
+            values = {key: float(value) for key, value in event.data["values"].items()}
+            event = replace(event, data={**event.data, "values": values})
+        yield event
+
+
+def _spelt(event: Event) -> Mapping[str, Any]:
+    """Data as JSON can hold it: it has no NaN and no infinity."""
+    if event.kind != "metrics":
+        return event.data
+    values = {k: v if math.isfinite(v) else str(v) for k, v in event.data["values"].items()}
+    return {**event.data, "values": values}
+
+
+def warn(text: str) -> None:
+    """One line on stderr that leaves a progress bar in one piece."""
+    tqdm.write(f"tracking: {text}", file=sys.stderr)

@@ -1,0 +1,81 @@
+"""Distances between sets of features: streaming float64 moments and the Frechet distance between Gaussians."""
+
+import numpy as np
+from torch import Tensor
+
+from diffusion.errors import UserError
+
+
+class Moments:
+    """Mean and covariance of rows that arrive in batches, in float64 and constant memory.
+
+    Batches are merged about their own means (Chan, Golub & LeVeque 1983, eqs. 2.1), so that a large offset costs no
+    digits; `merge` adds what another process has seen.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean = np.zeros(dim)
+        self._scatter = np.zeros((dim, dim))  # sum of outer products about the mean
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased covariance, float64 (d, d).
+
+        Raises:
+            UserError: fewer than two rows were seen.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: Tensor | np.ndarray) -> None:
+        """Take rows (N, d).
+
+        Raises:
+            UserError: another width, or a value that is not finite.
+        """
+        rows = np.asarray(features.cpu() if isinstance(features, Tensor) else features, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
+            raise UserError(f"features of shape {rows.shape}, expected (N, {len(self.mean)})")
+        if not np.isfinite(rows).all():
+            raise UserError("features hold NaN or infinity: the images or the extractor's weights are damaged")
+        if len(rows):
+            mean = rows.mean(axis=0)
+            centred = rows - mean
+            self._add(len(rows), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Take all that `other` has seen."""
+        if other.count:
+            self._add(other.count, other.mean, other._scatter)
+
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self._scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+
+def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) (Dowson & Landau 1982, eq. 4; Heusel et al. 2017, eq. 6).
+
+    mu: (d,), cov: (d, d) symmetric positive semi-definite. The trace of the root is that of the symmetric matrix
+    (cov1^(1/2) cov2 cov1^(1/2))^(1/2), whose eigenvalues are real: no complex matrix square root is needed.
+
+    Raises:
+        UserError: shapes do not agree, or a value is not finite.
+    """
+    mu1, cov1, mu2, cov2 = (np.asarray(a, dtype=np.float64) for a in (mu1, cov1, mu2, cov2))
+    if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (*mu1.shape, *mu1.shape):
+        shapes = f"{mu1.shape}, {cov1.shape} and {mu2.shape}, {cov2.shape}"
+        raise UserError(f"moments of shapes {shapes} cannot be compared: were they made by one extractor?")
+    if not all(np.isfinite(a).all() for a in (mu1, cov1, mu2, cov2)):
+        raise UserError("moments hold NaN or infinity: compute them again")
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    inner = root @ cov2 @ root
+    trace_of_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
+    difference = mu1 - mu2
+    return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)

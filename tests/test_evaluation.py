@@ -1,0 +1,156 @@
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion import evaluation, features, paths
+from diffusion.config import Params
+from diffusion.errors import UserError
+from diffusion.evaluation import Reference, evaluate, load_samples, make_reference, moments_of, write_references
+
+CPU = torch.device("cpu")
+
+
+class Colours(torch.nn.Module):
+    """Features that can be computed by hand: the three channel means."""
+
+    metric, dim = "colours", 3
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((2, 3))
+
+    def describe(self) -> dict[str, str]:
+        return {"extractor": "colours"}
+
+
+def pictures(count: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_moments_are_those_of_all_images(batch_size: int) -> None:
+    images = pictures(30)
+    found = moments_of(images, Colours(), batch_size, CPU, "test")
+    rows = images.reshape(30, -1, 3).mean(axis=1)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(found.cov, np.cov(rows, rowvar=False), rtol=1e-4)
+
+
+def test_a_reference_comes_back_and_knows_its_extractor(tmp_path: Path) -> None:
+    images = pictures(10)
+    reference = make_reference(images, "train", Colours(), 4, CPU)
+    reference.save(tmp_path / "r.npz")
+    loaded = Reference.load(tmp_path / "r.npz", Colours().describe())
+    np.testing.assert_array_equal(loaded.cov, reference.cov)
+    assert (loaded.key["split"], loaded.key["images"]) == ("train", 10)
+    assert make_reference(pictures(10, 1), "train", Colours(), 4, CPU).key != loaded.key
+    with pytest.raises(UserError, match="another extractor"):
+        Reference.load(tmp_path / "r.npz", {"extractor": "colours", "resize": "none"})
+    (tmp_path / "r.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="repro"):
+        Reference.load(tmp_path / "r.npz", Colours().describe())
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Real images and samples where the stages look for them; no weights, no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    absent = partial(features.find_inception_weights, folder=tmp_path / "weights", url="http://127.0.0.1:9/")
+    monkeypatch.setattr(evaluation, "find_inception_weights", absent)
+    paths.CIFAR10.mkdir(parents=True)
+    paths.SAMPLES.mkdir()
+    np.savez(paths.CIFAR10_TRAIN, images=pictures(30), labels=np.zeros(30, np.uint8))
+    np.savez(paths.SAMPLES_NPZ, images=pictures(25, 1))
+    return tmp_path
+
+
+def with_inception(params: Params, choice: str) -> Params:
+    return dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, inception=choice))  # type: ignore[arg-type]
+
+
+def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
+    params = tiny()
+    write_references(params)
+    result = evaluate(params, paths.SAMPLES_NPZ, {"sampler": "ddim"})
+    extractor = features.EfficientNetLite0()
+    rows = [
+        extractor(torch.from_numpy(x).permute(0, 3, 1, 2)).double().numpy()
+        for x in (pictures(30)[:20], pictures(25, 1))
+    ]
+    from scipy.linalg import sqrtm
+
+    covs = [np.cov(r, rowvar=False) for r in rows]
+    root = sqrtm(covs[0] @ covs[1] + 1e-12 * np.eye(1280)).real
+    expected = ((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
+    assert result["fd_lite0"] == pytest.approx(expected, rel=0.01)
+    assert "fid" not in result
+    about = result["about"]["fd_lite0"]
+    assert (about["samples"], about["reference"]["images"], about["reference"]["split"]) == (25, 20, "train")
+    assert about["sampler"] == "ddim"
+    json.dumps(result)
+
+
+def test_equal_sets_have_no_distance(tiny, workspace: Path) -> None:
+    params = tiny(**{"evaluate.reference_images": 30})
+    write_references(params)
+    np.savez(paths.SAMPLES_NPZ, images=pictures(30))
+    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_auto_without_weights_says_so_loudly_and_goes_on(
+    tiny, workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_references(with_inception(tiny(), "auto"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "FID IS SKIPPED" in line]
+    assert len(lines) == 1
+    assert "pt_inception-2015-12-05-6726825d.pth" in lines[0]
+    assert sorted(p.name for p in paths.REFERENCE.iterdir()) == ["fd_lite0.npz"]
+
+
+def test_require_without_weights_is_an_error(tiny, workspace: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.inception is require"):
+        write_references(with_inception(tiny(), "require"))
+
+
+def test_off_is_silent(tiny, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_references(with_inception(tiny(), "off"))
+    assert "FID" not in capsys.readouterr().err
+
+
+def test_too_many_reference_images_are_refused(tiny, workspace: Path) -> None:
+    with pytest.raises(UserError, match="31 reference images"):
+        write_references(tiny(**{"evaluate.reference_images": 31}))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pictures(5).astype(np.float32) / 255,
+        pictures(5).transpose(0, 3, 1, 2),
+        pictures(5)[..., 0],
+        pictures(5)[:1],
+        pictures(5).astype(np.int64),
+    ],
+    ids=["float", "nchw", "gray", "one", "int64"],
+)
+def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray) -> None:
+    np.savez(tmp_path / "s.npz", images=array)
+    with pytest.raises(UserError, match="uint8 images"):
+        load_samples(tmp_path / "s.npz")
+
+
+def test_missing_and_broken_sample_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"):
+        load_samples(tmp_path / "s.npz")
+    (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(UserError, match="npz"):
+        load_samples(tmp_path / "s.npz")
+    np.savez(tmp_path / "s.npz", pictures=pictures(2))
+    with pytest.raises(UserError, match="npz"):
+        load_samples(tmp_path / "s.npz")

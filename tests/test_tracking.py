@@ -1,0 +1,648 @@
+"""Tracking against real stores: SQLite files read with sqlite3, and an `mlflow server` that is killed half-way."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from diffusion import outbox, paths, provenance, tracking
+from diffusion.config import TrackingConfig
+from diffusion.journal import Journal, NullTracker, Status, Tracker, read_journal
+
+pytest.importorskip("mlflow")
+
+CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
+SECONDS = 120.0  # a join that takes longer has hung
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creating the tables takes seconds, copying them does not: once a session, for all of its worker processes."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    path = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("mlflow")) / "empty.db"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in list(os.environ):
+        if name.startswith("MLFLOW_") and name not in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_LOGGING_LEVEL"):
+            monkeypatch.delenv(name)
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_database, path)
+    monkeypatch.setattr(paths, "MLFLOW_DB", path)
+    monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
+    monkeypatch.setattr(tracking, "GATHER_SECONDS", 0.02)
+    return path
+
+
+def client_of(database: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{database}")
+
+
+def stored_points(database: Path, run_id: str) -> list[tuple[str, int, int, float]]:
+    """(key, step, time, value) of every point, read without MLflow."""
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute(
+            "SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid = ?", [run_id]
+        )
+        return sorted((k, s, t, math.nan if is_nan else v) for k, s, t, v, is_nan in rows)
+
+
+def journal_points(journal: Path) -> list[tuple[str, int, int, float]]:
+    """The same, from the lines as they lie on the disk."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    return sorted(
+        (key, line["data"]["step"], line["time"], value)
+        for line in lines
+        if line["kind"] == "metrics"
+        for key, value in line["data"]["values"].items()
+    )
+
+
+def open_run(folder: Path, **kwargs: Any) -> Tracker:
+    return tracking.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def close_in_time(tracker: Tracker, status: Status = "FINISHED") -> None:
+    thread = threading.Thread(target=tracker.close, args=(status,), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    assert not thread.is_alive(), "close() hangs"
+
+
+@contextmanager
+def server(database: Path, artifacts: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A real `mlflow server` in a process group of its own: its address, and a function that kills it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"backend-store-uri": f"sqlite:///{database}", "artifacts-destination": artifacts.as_uri()}
+    options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
+    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
+    log = (artifacts.parent / "server.log").open("wb")
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def kill() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def healthy() -> bool:
+        assert process.poll() is None, Path(log.name).read_text()
+        try:
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read() == b"OK")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    try:
+        wait_for(healthy)
+        yield f"http://127.0.0.1:{port}", kill
+    finally:
+        kill()
+        log.close()
+
+
+class TestJournal:
+    def test_lines_are_ordered_complete_and_json(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path / "runs/x/journal.jsonl")
+        journal.params({"train.lr": 1.5e-3, "data.sources": ["local"], "data.path": None})
+        journal.metrics({"loss": 0.1 + 0.2, "up": math.inf, "down": -math.inf, "what": math.nan}, 7)
+        journal.tags({"a": "ü"})
+        journal.artifact(Path("models/model.json"), "model")
+        on_disk_before_close = (tmp_path / "runs/x/journal.jsonl").read_bytes()
+        journal.close("FAILED", "why")
+        journal.metrics({"late": 1.0}, 8)  # ignored
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in on_disk_before_close.splitlines()]
+        assert [(line["seq"], line["kind"]) for line in lines] == [
+            (1, "params"),
+            (2, "metrics"),
+            (3, "tags"),
+            (4, "artifact"),
+        ]
+        assert lines[0]["data"] == {"train.lr": 0.0015, "data.sources": ["local"], "data.path": None}
+        assert lines[1]["data"] == {
+            "step": 7,
+            "values": {"loss": 0.1 + 0.2, "up": "inf", "down": "-inf", "what": "nan"},
+        }
+        assert lines[3]["data"] == {"path": "models/model.json", "folder": "model"}
+        assert abs(lines[0]["time"] / 1000 - time.time()) < 3600
+        events = read_journal(tmp_path / "runs/x/journal.jsonl")
+        assert [event.kind for event in events] == ["params", "metrics", "tags", "artifact", "close"]
+        assert events[1].data["values"]["down"] == -math.inf
+        assert math.isnan(events[1].data["values"]["what"])
+        assert events[4].data == {"status": "FAILED", "message": "why"}
+
+    def test_goes_on_after_a_torn_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        first = Journal(path)
+        first.metrics({"loss": 1.0}, 1)
+        first.close("KILLED")
+        with path.open("ab") as file:
+            file.write(b'{"seq": 3, "time": 17, "kind": "metr')
+        second = Journal(path)
+        second.metrics({"loss": 2.0}, 2)
+        assert [(event.seq, event.kind) for event in read_journal(path)] == [
+            (1, "metrics"),
+            (2, "close"),
+            (3, "metrics"),
+        ]
+
+    def test_unwritable_folder_is_one_warning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").write_text("")
+        journal = Journal(tmp_path / "file/journal.jsonl")
+        journal.metrics({"loss": 1.0}, 1)
+        journal.close("FINISHED")
+        assert len(warnings(capsys)) == 1
+
+    def test_disabled_tracking_is_the_journal_alone(self, database: Path, tmp_path: Path) -> None:
+        before = database.read_bytes()
+        config = TrackingConfig(enabled=False, experiment="test experiment")
+        tracker = tracking.open_run(config, name="n", run_folder=tmp_path / "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.close("FINISHED")
+        assert tracker.run_id is None
+        assert [e.kind for e in read_journal(tmp_path / "run/journal.jsonl")] == ["open", "metrics", "close"]
+        assert database.read_bytes() == before
+
+    def test_null_tracker_takes_everything(self) -> None:
+        tracker: Tracker = NullTracker()
+        tracker.params({"a": 1})
+        tracker.metrics({"b": 2.0}, 3)
+        tracker.close("FINISHED")
+        assert tracker.run_id is None
+
+
+class TestStore:
+    def test_metric_history_equals_the_journal(self, database: Path, tmp_path: Path) -> None:
+        tracker = open_run(tmp_path / "run")
+        for step in range(1, 1301):  # more than one batch of 1,000 points
+            tracker.metrics({"train/loss": math.sin(step) / 3, "train/lr": 1e-3 / step}, step)
+        tracker.metrics({"train/loss": -1e-300, "best/val_loss": math.pi}, 1300)
+        tracker.close("FINISHED")
+        points = stored_points(database, tracker.run_id or "")
+        assert len(points) == 2602
+        assert points == journal_points(tmp_path / "run/journal.jsonl")
+
+    def test_non_finite_values_arrive(self, database: Path, tmp_path: Path) -> None:
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"a": math.nan, "b": math.inf, "c": 1.0}, 1)
+        tracker.close("FINISHED")
+        (_, _, _, a), (_, _, _, b), (_, _, _, c) = stored_points(database, tracker.run_id or "")
+        assert math.isnan(a)
+        assert b == sys.float_info.max  # what MLflow makes of infinity
+        assert c == 1.0
+
+    def test_params_tags_and_files(self, database: Path, tmp_path: Path) -> None:
+        (tmp_path / "model.bin").write_bytes(bytes(range(256)))
+        (tmp_path / "figures/inner").mkdir(parents=True)
+        (tmp_path / "figures/inner/x.png").write_bytes(b"png")
+        tracker = open_run(tmp_path / "run", tags={"data.digest": "d1"})
+        tracker.params(
+            {"train.lr": 1.5e-3, "flip": True, "path": None, "sizes": [1, 2], "long": "x" * 7000, "t": "eps"}
+        )
+        tracker.params({f"many.{i}": i for i in range(250)})
+        tracker.tags({"git.dirty": "false", "note": "y" * 9000})
+        tracker.artifact(tmp_path / "model.bin", "model")
+        tracker.artifact(tmp_path / "figures", "figures")
+        tracker.close("FINISHED")
+        client = client_of(database)
+        run = client.get_run(tracker.run_id)
+        params = run.data.params
+        assert len(params) == 256
+        assert {k: params[k] for k in ("train.lr", "flip", "path", "sizes", "t")} == {
+            "train.lr": "0.0015",
+            "flip": "true",
+            "path": "null",
+            "sizes": "[1, 2]",
+            "t": "eps",
+        }
+        assert params["long"] == "x" * 6000
+        tags = run.data.tags
+        assert (tags["data.digest"], tags["git.dirty"], tags["host"], tags["pid"]) == (
+            "d1",
+            "false",
+            socket.gethostname(),
+            str(os.getpid()),
+        )
+        assert run.info.run_name == "lr1-test"
+        assert client.get_experiment(run.info.experiment_id).name == "test experiment"
+        stored = tmp_path / "ml artifacts" / run.info.run_id / "artifacts"
+        assert (stored / "model/model.bin").read_bytes() == bytes(range(256))
+        assert (stored / "figures/inner/x.png").read_bytes() == b"png"
+
+    def test_environment_run_id_has_no_effect(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = client_of(database)
+        other = client.create_run(client.create_experiment("other")).info
+        monkeypatch.setenv("MLFLOW_RUN_ID", other.run_id)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", other.experiment_id)
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.close("FINISHED")
+        later = tracking.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "run/journal.jsonl")
+        later.metrics({"fd": 2.0}, 1)
+        later.close("FINISHED")
+        assert tracker.run_id == later.run_id != other.run_id
+        assert stored_points(database, other.run_id) == []
+        assert [key for key, *_ in stored_points(database, tracker.run_id or "")] == ["fd", "loss"]
+        assert client.get_run(other.run_id).info.status == "RUNNING"  # untouched
+
+    def test_one_run_over_two_processes(self, database: Path, tmp_path: Path) -> None:
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"train/loss": 0.5}, 10)
+        tracker.close("FINISHED")
+        script = """
+import sys
+from pathlib import Path
+from diffusion import outbox, paths, provenance, tracking
+from diffusion.config import TrackingConfig
+assert "mlflow" not in sys.modules and "torch" not in sys.modules
+paths.MLFLOW_DB, journal, run_id = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+config = TrackingConfig(enabled=True, experiment="test experiment")
+with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", journal=journal)) as tracker:
+    tracker.metrics({"fd_lite0": 400.25}, 10)
+"""
+        arguments = [str(database), str(tmp_path / "run/journal.jsonl"), str(tracker.run_id)]
+        environment = {**os.environ, "MLFLOW_RUN_ID": "0" * 32}
+        process = subprocess.run(
+            [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=SECONDS
+        )
+        assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+        points = stored_points(database, tracker.run_id or "")
+        assert [(key, step, value) for key, step, _, value in points] == [
+            ("fd_lite0", 10, 400.25),
+            ("train/loss", 10, 0.5),
+        ]
+        assert points == journal_points(tmp_path / "run/journal.jsonl")
+        seqs = [event.seq for event in read_journal(tmp_path / "run/journal.jsonl")]
+        assert seqs == list(range(1, 7))
+        assert client_of(database).get_run(tracker.run_id).info.status == "FINISHED"
+
+    def test_resumed_training_goes_on_with_its_run(self, database: Path, tmp_path: Path) -> None:
+        client = client_of(database)
+        first = open_run(tmp_path / "run")
+        first.params({"a": 1})
+        first.metrics({"loss": 1.0}, 1)
+        first.close("FAILED", "out of memory")
+        assert client.get_run(first.run_id).data.tags["error"] == "out of memory"
+        second = open_run(tmp_path / "run", run_id=first.run_id, tags={"git.commit": "c2"})
+        running = client.get_run(first.run_id)
+        assert running.info.status == "RUNNING"
+        assert running.data.tags["git.commit"] == "c2"
+        assert "error" not in running.data.tags
+        second.params({"a": 2, "b": 3})  # MLflow raises for the changed one
+        second.metrics({"loss": 0.5}, 2)
+        second.close("FINISHED")
+        run = client.get_run(first.run_id)
+        assert second.run_id == first.run_id
+        assert run.data.params == {"a": "1", "b": "3"}
+        assert [(step, value) for _, step, _, value in stored_points(database, run.info.run_id)] == [(1, 1.0), (2, 0.5)]
+        assert len(client.search_runs([run.info.experiment_id])) == 1
+
+    @pytest.mark.parametrize("lost", ["0" * 32, "not an id ' OR 1", "deleted"])
+    def test_unknown_run_is_replaced_by_one_linked_run(self, database: Path, tmp_path: Path, lost: str) -> None:
+        client = client_of(database)
+        if lost == "deleted":
+            lost = client.create_run(client.create_experiment("old")).info.run_id
+            client.delete_run(lost)
+        journal = tmp_path / "journal.jsonl"
+        first = tracking.attach(CONFIG, lost, stage="sample", journal=journal)
+        first.close("FINISHED")
+        run = client.get_run(first.run_id)
+        assert first.run_id != lost
+        assert run.data.tags["linked_run_id"] == lost
+        second = tracking.attach(CONFIG, lost, stage="evaluate", journal=journal)
+        second.close("FINISHED")
+        if lost.isalnum():
+            assert second.run_id == first.run_id
+
+    def test_experiment_made_by_another_process_meanwhile(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow import MlflowClient
+
+        theirs = client_of(database).create_experiment("test experiment")
+        real = MlflowClient.get_experiment_by_name
+        answers: Iterator[Callable[..., Any]] = iter([lambda *_: None])
+        monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda *a: next(answers, real)(*a))
+        tracker = open_run(tmp_path / "run")
+        tracker.close("FINISHED")
+        assert client_of(database).get_run(tracker.run_id).info.experiment_id == theirs
+
+    @pytest.mark.slow
+    def test_first_use_by_two_processes_at_once(self, database: Path, tmp_path: Path) -> None:
+        new = tmp_path / "fresh/mlflow.db"
+        new.parent.mkdir()
+        shutil.copyfile(database, f"{new}.new")
+        with closing(sqlite3.connect(f"{new}.new")) as torn:  # what a process left that was killed while it made tables
+            torn.execute("DROP TABLE metrics")
+        script = """
+import sys
+from pathlib import Path
+from diffusion import outbox, paths, provenance, tracking
+from diffusion.config import TrackingConfig
+paths.MLFLOW_DB, paths.MLFLOW_ARTIFACTS, folder = map(Path, sys.argv[1:])
+config = TrackingConfig(enabled=True, experiment="test experiment")
+with tracking.closing_status(tracking.open_run(config, name="n", run_folder=folder)) as tracker:
+    tracker.metrics({"loss": 1.0}, 1)
+"""
+        processes = [
+            subprocess.Popen([sys.executable, "-c", script, str(new), str(tmp_path / "files"), str(tmp_path / name)])
+            for name in "ab"
+        ]
+        assert [process.wait(SECONDS) for process in processes] == [0, 0]
+        client = client_of(new)
+        (experiment,) = client.search_experiments(filter_string="name = 'test experiment'")
+        runs = client.search_runs([experiment.experiment_id])
+        assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"loss": 1.0})] * 2
+
+    def test_moved_checkout_is_said_once(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        client_of(database).create_experiment("test experiment", artifact_location=(tmp_path / "old place").as_uri())
+        (tmp_path / "f").write_text("x")
+        tracker = open_run(tmp_path / "run")
+        tracker.artifact(tmp_path / "f")
+        tracker.close("FINISHED")
+        (line,) = warnings(capsys)
+        assert str(tmp_path / "old place") in line
+        assert client_of(database).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+class TestEnds:
+    @pytest.mark.parametrize(
+        ("error", "status", "message"),
+        [
+            (None, "FINISHED", None),
+            (ValueError("loss is nan"), "FAILED", "ValueError: loss is nan"),
+            (KeyboardInterrupt(), "KILLED", None),
+            (SystemExit(128 + signal.SIGTERM), "KILLED", None),
+            (SystemExit(2), "FAILED", "exit: 2"),
+            (SystemExit(0), "FINISHED", None),
+        ],
+    )
+    def test_status(
+        self, database: Path, tmp_path: Path, error: BaseException | None, status: str, message: str | None
+    ) -> None:
+        tracker = open_run(tmp_path / "run")
+        client = client_of(database)
+        assert client.get_run(tracker.run_id).info.status == "RUNNING"
+
+        def work() -> None:
+            with tracking.closing_status(tracker):
+                tracker.metrics({"loss": 1.0}, 1)
+                if error is not None:
+                    raise error
+
+        if error is None:
+            work()
+        else:
+            with pytest.raises(type(error)) as raised:
+                work()
+            assert raised.value is error
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == status
+        assert run.data.tags.get("error") == message
+        assert run.data.metrics == {"loss": 1.0}
+        last = read_journal(tmp_path / "run/journal.jsonl")[-1]
+        assert (last.kind, last.data["status"]) == ("close", status)
+        assert run.info.end_time == last.time
+
+
+class TestOutage:
+    def test_journal_alone_without_a_server(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with socket.socket() as held:  # bound, not listening: connections are refused
+            held.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{held.getsockname()[1]}")
+            tracker = open_run(tmp_path / "run")
+            for step in range(50):
+                tracker.metrics({"loss": 1.0 / (step + 1)}, step)
+            close_in_time(tracker)
+        assert tracker.run_id is None
+        assert len(journal_points(tmp_path / "run/journal.jsonl")) == 50
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+    def test_journal_alone_without_mlflow(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.close("FINISHED")
+        assert tracker.run_id is None
+        assert len(warnings(capsys)) == 1
+        assert len(journal_points(tmp_path / "run/journal.jsonl")) == 1
+
+    def test_recovers_with_nothing_lost_and_one_line_each(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from mlflow import MlflowClient
+
+        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.01)
+        real, down, refused = MlflowClient.log_batch, threading.Event(), []
+
+        def log_batch(*args: Any, **kwargs: Any) -> Any:
+            if down.is_set():
+                refused.append(args)
+                raise ConnectionError("nobody there")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        down.set()
+        for step in range(2, 1500):
+            tracker.metrics({"loss": 1.0 / step}, step)
+        wait_for(lambda: len(refused) >= 3)
+        down.clear()
+        close_in_time(tracker)
+        points = stored_points(database, tracker.run_id or "")
+        assert len(points) == 1499
+        assert points == journal_points(tmp_path / "run/journal.jsonl")
+        lines = warnings(capsys)
+        assert ["does not answer" in line for line in lines] == [True, False]
+        assert "answers again" in lines[1]
+
+    def test_memory_is_bounded_and_the_loss_is_counted(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from mlflow import MlflowClient
+
+        monkeypatch.setattr(outbox, "MAX_WAITING", 100)
+        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.01)
+        real, release = MlflowClient.log_batch, threading.Event()
+
+        def log_batch(*args: Any, **kwargs: Any) -> Any:
+            assert release.wait(SECONDS)
+            return real(*args, **kwargs)
+
+        tracker = open_run(tmp_path / "run")
+        monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
+        for step in range(1000):
+            tracker.metrics({"loss": float(step)}, step)
+        tracker.params({"kept": 1})
+        release.set()
+        close_in_time(tracker)
+        stored = stored_points(database, tracker.run_id or "")
+        assert [step for _, step, *_ in stored] == list(range(100))
+        assert client_of(database).get_run(tracker.run_id).data.params == {"kept": "1"}
+        assert len(journal_points(tmp_path / "run/journal.jsonl")) == 1000
+        (line,) = warnings(capsys)
+        assert "tracking: 900 events" in line
+
+    def test_close_leaves_a_store_that_never_answers(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        from mlflow import MlflowClient
+
+        hung = threading.Event()
+        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+        tracker = open_run(tmp_path / "run")
+        monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: hung.wait(SECONDS))
+        for step in range(10):
+            tracker.metrics({"loss": float(step)}, step)
+        close_in_time(tracker)
+        hung.set()
+        assert len(journal_points(tmp_path / "run/journal.jsonl")) == 10
+        (line,) = warnings(capsys)
+        assert "tracking: 10 events" in line
+
+    def test_refusals_are_named_once_and_block_nothing(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        tracker = open_run(tmp_path / "run")
+        for step in range(3):
+            tracker.metrics({"good": float(step)}, step)
+            tracker.metrics({"bad$name": float(step)}, step)
+        tracker.artifact(tmp_path / "missing.png")
+        tracker.close("FINISHED")
+        run = client_of(database).get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert [(key, step) for key, step, *_ in stored_points(database, run.info.run_id)] == [
+            ("good", step) for step in range(3)
+        ]
+        lines = warnings(capsys)
+        assert sum("refuses metrics" in line for line in lines) == 1
+        assert sum("missing.png" in line for line in lines) == 1
+        assert "4 events" in lines[-1]
+        assert len(lines) == 3
+
+    def test_artifact_store_that_is_away_does_not_hold_back_the_curves(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow import MlflowClient
+
+        def away(*_: Any) -> None:
+            raise ConnectionError("no bucket")
+
+        monkeypatch.setattr(MlflowClient, "log_artifact", away)
+        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
+        (tmp_path / "f").write_text("x")
+        tracker = open_run(tmp_path / "run")
+        tracker.artifact(tmp_path / "f")
+        tracker.metrics({"loss": 1.0}, 1)
+        close_in_time(tracker)
+        run = client_of(database).get_run(tracker.run_id)
+        assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+
+    @pytest.mark.slow
+    def test_server_killed_half_way(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "f").write_text("kept by the server")
+        with server(database, tmp_path / "served") as (uri, kill):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            tracker = open_run(tmp_path / "run")
+            assert tracker.run_id
+            tracker.artifact(tmp_path / "f", "notes")
+            for step in range(100):
+                tracker.metrics({"loss": math.cos(step)}, step)
+            wait_for(lambda: len(stored_points(database, tracker.run_id or "")) == 100)
+            wait_for(lambda: any((tmp_path / "served").rglob("notes/f")))
+            kill()
+            for step in range(100, 300):
+                tracker.metrics({"loss": math.cos(step)}, step)
+            said: list[str] = []
+
+            def warned() -> bool:
+                said.extend(warnings(capsys))
+                return bool(said)
+
+            wait_for(warned)
+            close_in_time(tracker)
+        journal = journal_points(tmp_path / "run/journal.jsonl")
+        assert [value for _, _, _, value in journal] == [math.cos(step) for step in range(300)]
+        assert stored_points(database, tracker.run_id) == journal[:100]
+        said += warnings(capsys)
+        assert len(said) == 2, said  # the outage, and what is left at the end
+        assert "does not answer" in said[0]
+        assert "201 events" in said[1]
+
+
+class TestGit:
+    def git(self, folder: Path, *arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def test_commit_and_dirty_flag(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert provenance.git_tags() == {}
+        self.git(tmp_path, "init", "-q")
+        assert provenance.git_tags() == {}  # no commit yet
+        (tmp_path / "a").write_text("1")
+        self.git(tmp_path, "add", "a")
+        self.git(tmp_path, "commit", "-q", "-m", "first")
+        commit = self.git(tmp_path, "log", "-1", "--format=%H")
+        assert provenance.git_tags() == {"git.commit": commit, "git.dirty": "false"}
+        (tmp_path / "untracked").write_text("")
+        assert provenance.git_tags()["git.dirty"] == "false"
+        (tmp_path / "a").write_text("2")
+        assert provenance.git_tags() == {"git.commit": commit, "git.dirty": "true"}
+
+    def test_no_git_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        assert provenance.git_tags() == {}
