@@ -118,6 +118,89 @@ def test_require_without_weights_is_an_error(tiny, workspace: Path) -> None:
         write_references(with_inception(tiny(), "require"))
 
 
+@pytest.mark.parametrize(
+    "change", [{"evaluate.reference_images": 15}, {"evaluate.reference_split": "test"}], ids=["images", "split"]
+)
+def test_a_reference_of_other_images_is_not_used(tiny, workspace: Path, change: dict[str, object]) -> None:
+    write_references(tiny())
+    with pytest.raises(UserError, match=f"is {next(iter(change.values()))}.*dvc repro -sf reference"):
+        evaluate(tiny(**change), paths.SAMPLES_NPZ, {})
+
+
+class SmallInception(features.Inception):
+    """Twelve features in the place of FID's 2,048, to go through the stages in no time."""
+
+    dim = 12
+
+    def __init__(self, weights: Path) -> None:
+        torch.nn.Module.__init__(self)
+        self.weights_sha256 = features.sha256(weights)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+class SmallLite0(Colours):
+    """The same for fd_lite0."""
+
+    metric = "fd_lite0"
+
+
+@pytest.fixture
+def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights of the user's own."""
+    monkeypatch.setattr(evaluation, "Inception", SmallInception)
+    monkeypatch.setattr(evaluation, "EfficientNetLite0", SmallLite0)
+    (workspace / "mine.pth").write_text("weights")
+    monkeypatch.setattr(evaluation, "find_inception_weights", lambda config: workspace / "mine.pth")
+    return workspace / "mine.pth"
+
+
+def test_fid_goes_through_the_stages_as_in_torchmetrics(
+    tiny, with_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    params = tiny(**{"evaluate.inception": "auto", "evaluate.inception_images": 20})
+    write_references(params)
+    assert "comparable with no published number" in capsys.readouterr().err
+    result = evaluate(params, paths.SAMPLES_NPZ, {"weights": "ema"})
+    theirs = FrechetInceptionDistance(feature=SmallInception(with_weights), input_img_size=(3, 32, 32))
+    theirs.set_dtype(torch.float64)
+    theirs.update(torch.from_numpy(pictures(30)[:20]).permute(0, 3, 1, 2), real=True)
+    theirs.update(torch.from_numpy(pictures(25, 1)[:20]).permute(0, 3, 1, 2), real=False)
+    assert result["fid"] == pytest.approx(float(theirs.compute()), rel=1e-4)
+    assert set(result) == {"fd_lite0", "fid", "about"}
+    assert (result["about"]["fid"]["samples"], result["about"]["fid"]["weights"]) == (20, "ema")
+
+    with_weights.write_text("other weights")
+    with pytest.raises(UserError, match="weights_sha256"):
+        evaluate(params, paths.SAMPLES_NPZ, {})
+
+
+def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path) -> None:
+    params = tiny(**{"evaluate.inception": "require", "evaluate.inception_images": 20})
+    write_references(params)
+    off = with_inception(params, "off")
+    assert "fid" not in evaluate(off, paths.SAMPLES_NPZ, {})
+    write_references(off)
+    assert not (paths.REFERENCE / "fid.npz").exists()
+    assert "fid" not in evaluate(with_inception(params, "auto"), paths.SAMPLES_NPZ, {})
+    with pytest.raises(UserError, match=r"fid\.npz"):
+        evaluate(params, paths.SAMPLES_NPZ, {})
+
+
+def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) -> None:
+    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    with pytest.raises(UserError, match=r"evaluate\.inception_images = 11"):  # before any training
+        write_references(tiny(**few))
+    params = tiny(**few | {"evaluate.inception_images": 20})
+    write_references(params)
+    np.savez(paths.SAMPLES_NPZ, images=pictures(11))
+    with pytest.raises(UserError, match=r"sample\.num_images"):
+        evaluate(params, paths.SAMPLES_NPZ, {})
+
+
 def test_off_is_silent(tiny, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_references(with_inception(tiny(), "off"))
     assert "FID" not in capsys.readouterr().err
@@ -136,8 +219,10 @@ def test_too_many_reference_images_are_refused(tiny, workspace: Path) -> None:
         pictures(5)[..., 0],
         pictures(5)[:1],
         pictures(5).astype(np.int64),
+        pictures(5)[:, ::2, ::2],
+        np.zeros((), np.uint8),
     ],
-    ids=["float", "nchw", "gray", "one", "int64"],
+    ids=["float", "nchw", "gray", "one", "int64", "16 pixels", "scalar"],
 )
 def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "s.npz", images=array)
@@ -148,9 +233,15 @@ def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray)
 def test_missing_and_broken_sample_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing"):
         load_samples(tmp_path / "s.npz")
-    (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(UserError, match="npz"):
-        load_samples(tmp_path / "s.npz")
+    whole = tmp_path / "whole.npz"
+    np.savez_compressed(whole, images=pictures(5))
+    flipped = bytearray(whole.read_bytes())
+    flipped[100:160] = bytes(60)
+    np.save(tmp_path / "array.npy", pictures(5))
+    for damaged in (b"PK\x03\x04 torn", b"", b"text", bytes(flipped), (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "s.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match="npz"):
+            load_samples(tmp_path / "s.npz")
     np.savez(tmp_path / "s.npz", pictures=pictures(2))
     with pytest.raises(UserError, match="npz"):
         load_samples(tmp_path / "s.npz")

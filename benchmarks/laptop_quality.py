@@ -1,0 +1,107 @@
+"""How good are the samples after a fixed time of training with params.yaml?
+
+The number of steps is what this machine does in the time, measured first; the learning-rate schedule ends with them.
+Then 2,000 images are sampled as params.yaml says and scored as fd_lite0 against the first 10,000 training images.
+Needs the data: run `dvc repro prepare` once.
+"""
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+from machine import report
+
+from diffusion import images, sampling
+from diffusion.config import Params, load, trained
+from diffusion.data import Dataset, load_images
+from diffusion.evaluation import make_reference, moments_of
+from diffusion.features import EfficientNetLite0
+from diffusion.metrics import frechet_distance
+from diffusion.parameterization import Denoiser
+from diffusion.paths import CIFAR10_TRAIN
+from diffusion.runtime import keep_freed_memory, resolve_device
+from diffusion.training import Trainer, train
+
+SAMPLES = 2000
+REFERENCE = 10_000
+CALIBRATION_STEPS = 60
+
+
+@click.command()
+@click.option("--seconds", default=480.0, show_default=True, help="Training time, validation and checkpoints included.")
+@click.option("--params", "path", default="params.yaml", show_default=True, help="Params file.")
+@click.option("--grid", type=click.Path(path_type=Path), default=None, help="Where to write a picture of 64 samples.")
+def main(seconds: float, path: str, grid: Path | None) -> None:
+    """Train for a fixed time, sample, score."""
+    keep_freed_memory()
+    params, data = load(path), Dataset.load()
+    device = resolve_device(params.train.device)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = Trainer(trained(params), data, Path(folder) / "calibration", device)
+        rate = steps_per_second(calibration)
+        steps = int(seconds * rate * 0.97)  # validation and checkpoints take a little
+        params = dataclasses.replace(params, train=dataclasses.replace(params.train, steps=steps))
+        start = time.perf_counter()
+        trainer = Trainer(trained(params), data, Path(folder) / "run", device)
+        for record in train(trainer):
+            if record.step % 200 == 0:
+                click.echo(f"step {record.step} of {steps}, {time.perf_counter() - start:.0f} s", err=True)
+        train_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    samples = draw(trainer, params)
+    sample_seconds = time.perf_counter() - start
+    if grid:
+        images.save_png(images.grid(samples[:64], columns=8, scale=3), grid)
+    result = {
+        "fd_lite0": round(score(samples, params), 1),
+        "samples": SAMPLES,
+        "reference": f"train[:{REFERENCE}]",
+        "sampler": f"{params.sample.sampler}-{params.sample.steps}",
+        "train_seconds": round(train_seconds, 1),
+        "images_seen": steps * params.train.batch_size,
+        "images_per_second": round(steps * params.train.batch_size / train_seconds, 1),
+        "parameters": sum(p.numel() for p in trainer.net.parameters()),
+        "best_val_loss": trainer.progress.best_val_loss,
+        "sample_seconds": round(sample_seconds, 1),
+        "precision": str(trainer.dtype).removeprefix("torch."),
+    }
+    report("laptop_quality", result)
+
+
+def steps_per_second(trainer: Trainer) -> float:
+    """Rate of the training step after a warm-up."""
+    for _ in range(CALIBRATION_STEPS // 3):
+        trainer.step()
+    start = time.perf_counter()
+    for _ in range(CALIBRATION_STEPS):
+        trainer.step()
+    return CALIBRATION_STEPS / (time.perf_counter() - start)
+
+
+def draw(trainer: Trainer, params: Params) -> np.ndarray:
+    """uint8 (SAMPLES, 32, 32, 3) from the EMA weights, as the sample stage makes them."""
+    denoiser = Denoiser(
+        trainer.ema.net,
+        trainer.schedule,
+        params.diffusion.prediction,
+        dtype=trainer.dtype,
+        clip_x0=params.sample.clip_x0,
+    )
+    batches = sampling.generate(denoiser, params.sample, params.seed, range(SAMPLES), trainer.device)
+    return np.concatenate([batch.numpy() for batch in batches])
+
+
+def score(samples: np.ndarray, params: Params) -> float:
+    """fd_lite0 against the first REFERENCE training images."""
+    extractor, batch_size = EfficientNetLite0(), params.evaluate.batch_size
+    device = resolve_device(params.evaluate.device)
+    reference = make_reference(load_images(CIFAR10_TRAIN)[0][:REFERENCE], "train", extractor, batch_size, device)
+    found = moments_of(samples, extractor, batch_size, device, "fd_lite0")
+    return frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
+
+
+if __name__ == "__main__":
+    main()

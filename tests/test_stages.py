@@ -1,0 +1,212 @@
+"""The real stage commands, shrunk, on synthetic images, in a folder of their own."""
+
+import csv
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import REPO, TINY
+from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.numpy import load_file
+
+from diffusion import config, paths
+
+RECIPES = ["params.yaml", *(f"params/{p.name}" for p in sorted(REPO.glob("params/*.yaml")))]
+
+
+def write_params(recipe: str = "params.yaml", **overrides: Any) -> None:
+    """Write params.yaml of the working folder: `recipe`, shrunk."""
+    tree = config.to_dict(config.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}))
+    YAML().dump(tree, Path("params.yaml"))
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder with downloaded images: 60 for training, 30 for testing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RUNS", "WEIGHTS", "DOWNLOADS", "MLFLOW_DB", "MLFLOW_ARTIFACTS"):
+        monkeypatch.setattr(paths, name, tmp_path / getattr(paths, name).relative_to(paths.ROOT))
+    rng = np.random.default_rng(0)
+    paths.CIFAR10.mkdir(parents=True)
+    for path, count in ((paths.CIFAR10_TRAIN, 60), (paths.CIFAR10_TEST, 30)):
+        coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(count, dtype=np.uint8) % 10)
+    return tmp_path
+
+
+def run(stage: str, *arguments: str) -> Result:
+    return CliRunner().invoke(importlib.import_module(f"stages.{stage}").main, arguments, catch_exceptions=False)
+
+
+def run_all(*stages: str) -> None:
+    for stage in stages or ("prepare", "reference", "train", "sample", "evaluate", "report"):
+        result = run(stage)
+        assert result.exit_code == 0, f"{stage}: {result.output}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_through_every_stage(workspace: Path, recipe: str) -> None:
+    write_params(recipe)
+    run_all()
+    metrics = json.loads(paths.TRAIN_METRICS.read_text())
+    assert metrics["images_seen"] == 8 * 4
+    assert metrics["best_step"] in (4, 8)
+    for key in ("images_per_second", "train_seconds", "parameters", "best_val_loss"):
+        assert metrics[key] > 0, key
+    with np.load(paths.SAMPLES_NPZ) as archive:
+        samples = archive["images"]
+    assert (samples.dtype, samples.shape) == (np.uint8, (12, 32, 32, 3))
+    for i in range(12):
+        np.testing.assert_array_equal(np.asarray(Image.open(paths.SAMPLES / f"png/{i:05d}.png")), samples[i])
+    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"] > 0
+    for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png", paths.REPORT / "index.html"):
+        assert picture.stat().st_size > 500
+
+
+def test_curves_and_previews_are_complete(workspace: Path) -> None:
+    write_params()
+    run_all("prepare", "train")
+    with paths.LOSS_CSV.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    with paths.VAL_LOSS_CSV.open() as file:
+        values = {int(row["step"]): float(row["val_loss"]) for row in csv.DictReader(file)}
+    assert list(values) == [4, 8]
+    metrics = json.loads(paths.TRAIN_METRICS.read_text())
+    assert metrics["best_val_loss"] == min(values.values()) == values[metrics["best_step"]]
+    names = [f"step_{step:06d}{kind}.png" for step in (4, 8) for kind in ("", "_denoising")]
+    assert sorted(p.name for p in paths.PREVIEWS.iterdir()) == sorted(names)
+
+
+def test_save_png_false_saves_no_png(workspace: Path) -> None:
+    write_params(**{"sample.save_png": False})
+    run_all("prepare", "train", "sample")
+    assert not (paths.SAMPLES / "png").exists()
+    assert paths.SAMPLES_NPZ.exists()
+
+
+def start(stage: str) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{REPO}/src:{REPO}",
+        "DVC_ROOT": str(Path.cwd()),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"stages.{stage}"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def wait_for_checkpoint(after: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(int(p.name[5:13]) >= after for p in paths.RUNS.glob("*/step_*.pt")):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint: {process.stderr.read() if process.poll() is not None else ''}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_number: int) -> None:
+    write_params(**{"train.steps": 300, "train.preview_every": 300, "train.validate_every": 100})
+    run_all("prepare")
+    process = start("train")
+    wait_for_checkpoint(30, process)
+    process.send_signal(signal_number)
+    err = process.communicate(timeout=60)[1]
+    if signal_number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert re.search(r"stopped at step \d+; `dvc repro` goes on from there", err)
+    assert "Traceback" not in err
+    assert not paths.MODEL.exists()
+
+    again = start("train")
+    assert "resuming at step" in again.communicate(timeout=300)[1]
+    assert again.returncode == 0
+    resumed = load_file(paths.MODEL)
+
+    for path in paths.RUNS.iterdir():
+        path.rename(workspace / f"old-{path.name}")
+    whole = start("train")
+    assert "resuming" not in whole.communicate(timeout=300)[1]
+    for name, weight in load_file(paths.MODEL).items():
+        np.testing.assert_array_equal(weight, resumed[name])
+
+
+@pytest.mark.slow
+def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
+    write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})
+    run_all("prepare")
+    first = start("train")
+    try:
+        wait_for_checkpoint(3, first)
+        result = run("train")
+        assert result.exit_code == 2
+        assert f"another trainer (process {first.pid})" in result.output
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_finished_training_is_not_trained_again(workspace: Path) -> None:
+    write_params()
+    run_all("prepare", "train")
+    weights = paths.MODEL.read_bytes()
+    seconds = json.loads(paths.TRAIN_METRICS.read_text())["train_seconds"]
+    paths.MODEL.unlink()
+    paths.LOSS_CSV.unlink()
+    run_all("train")
+    assert paths.MODEL.read_bytes() == weights
+    assert json.loads(paths.TRAIN_METRICS.read_text())["train_seconds"] == seconds
+    assert len(paths.LOSS_CSV.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("stage", ["prepare", "reference", "train", "sample", "evaluate"])
+def test_a_missing_input_is_one_line_and_nothing_is_written(workspace: Path, stage: str) -> None:
+    write_params()
+    for path in (paths.CIFAR10_TRAIN, paths.CIFAR10_TEST):
+        path.unlink()
+    result = run(stage)
+    assert result.exit_code == 2
+    assert len(result.output.strip().splitlines()) == 1
+    assert result.output.startswith("error: ")
+    for path in (paths.PREPARED, paths.REFERENCE, paths.MODEL, paths.SAMPLES_NPZ, paths.EVALUATE_METRICS):
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("stage", ["download", "prepare", "reference", "train", "sample", "evaluate", "report"])
+def test_a_bad_key_stops_every_stage_before_any_work(workspace: Path, stage: str) -> None:
+    write_params()
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("  lr:", "  lrr:", 1))
+    before = sorted(workspace.rglob("*"))
+    result = run(stage)
+    assert result.exit_code == 2
+    assert result.output == "error: params.yaml: unknown key train.lrr: did you mean train.lr?\n"
+    assert sorted(workspace.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stage", ["download", "prepare", "reference", "train", "sample", "evaluate", "report"])
+def test_help_says_what_a_stage_does(stage: str) -> None:
+    result = run(stage, "--help")
+    assert result.exit_code == 0
+    assert "--params" in result.output
+    assert len(result.output.split("Options:")[0].split()) > 8
