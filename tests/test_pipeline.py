@@ -90,7 +90,7 @@ READS = {  # what each stage's library function reads, besides through the impor
     "train": {"fit"},
     "sample": {"draw"},
     "evaluate": {"evaluation", "judge"},
-    "report": {"figures"},
+    "report": {"report"},
 }
 
 

@@ -16,7 +16,7 @@ def preview_config(config: TrainConfig) -> SampleConfig:
     return SampleConfig(
         sampler="ddim",
         steps=config.preview_steps,
-        spacing="uniform",
+        spacing="trailing",
         eta=0.0,
         variance="fixed_small",
         clip_x0=True,

@@ -1,0 +1,145 @@
+"""The report stage: every figure of a run, and one page that shows them with the scores."""
+
+import base64
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from diffusion import figures, paths
+from diffusion.config import Params
+from diffusion.data import load_images
+from diffusion.errors import UserError
+from diffusion.evaluation import load_samples
+from diffusion.schedules import make_schedule
+
+NOISED_IMAGES = 5
+
+PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Diffusion on CIFAR-10: report</title>
+<style>
+  :root { color-scheme: light dark; --ink: #1f2328; --faint: #59636e; --line: #d8dee4; --paper: #fff; }
+  @media (prefers-color-scheme: dark) {
+    :root { --ink: #e6edf3; --faint: #9198a1; --line: #3d444d; --paper: #0d1117; }
+  }
+  body { margin: 2rem auto; max-width: 72rem; padding: 0 1.25rem; background: var(--paper); color: var(--ink);
+         font: 16px/1.5 system-ui, sans-serif; }
+  h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
+  p, dt, figcaption { color: var(--faint); } img { max-width: 100%; height: auto; border-radius: 6px; }
+  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
+  dt { font-size: .85rem; } dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+  .row { display: flex; flex-wrap: wrap; gap: 1.25rem; } figure { margin: 0; } .row figure { flex: 0 1 20rem; }
+  table { border-collapse: collapse; font-size: .9rem; } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
+  border-bottom: 1px solid var(--line); font-weight: normal; } th { color: var(--faint); }
+</style>
+<h1>Diffusion on CIFAR-10</h1>
+<p>{{ summary }}</p>
+<dl>{% for name, value in headline %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% for title, picture in pictures %}
+<h2>{{ title }}</h2>
+<img src="{{ picture }}" alt="{{ title }}">
+{% endfor %}
+<h2>During training</h2>
+<p>Samples of the averaged weights from the same noise, and stages of their denoising.</p>
+<div class="row">
+{% for name, picture in previews %}
+<figure><img src="{{ picture }}" alt="{{ name }}"><figcaption>{{ name }}</figcaption></figure>
+{% endfor %}
+</div>
+<h2>How the scores were made</h2>
+{% for metric, rows in about %}
+<table>
+<tr><th>metric</th><td>{{ metric }}</td></tr>
+{% for key, value in rows %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+</html>
+""")
+
+
+def report(params: Params) -> None:
+    """Write report/: loss.png, schedules.png, noising.png, real_and_generated.png and index.html, which holds them all.
+
+    Raises:
+        UserError: an output of an earlier stage is missing or damaged.
+    """
+    trained, evaluated = _read_json(paths.TRAIN_METRICS), _read_json(paths.EVALUATE_METRICS)
+    scores = {name: value for name, value in evaluated.items() if name != "about"}
+    real, generated = load_images(paths.CIFAR10_TRAIN)[0], load_samples(paths.SAMPLES_NPZ)
+    folder, diffusion = paths.REPORT, params.diffusion
+    comparison = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
+    schedule = make_schedule(diffusion.schedule, diffusion.num_steps)
+    figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
+    figures.schedules(diffusion.num_steps, folder / "schedules.png", used=diffusion.schedule)
+    figures.noising_strip(real[:NOISED_IMAGES], schedule, folder / "noising.png")
+    figures.comparison(real, generated, comparison, folder / "real_and_generated.png")
+    pictures = {
+        "Real and generated": folder / "real_and_generated.png",
+        "From noise to image": paths.SAMPLES / "denoising.png",
+        "Loss": folder / "loss.png",
+        "The forward process": folder / "noising.png",
+        "Noise schedules": folder / "schedules.png",
+    }
+    page = PAGE.render(
+        summary=f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {len(generated):,} samples",
+        headline=_headline(scores, trained),
+        pictures=[(title, _embedded(path)) for title, path in pictures.items()],
+        previews=[(_preview_name(path), _embedded(path)) for path in sorted(paths.PREVIEWS.glob("*.png"))],
+        about=[(metric, list(_rows(details))) for metric, details in evaluated["about"].items()],
+    )
+    (folder / "index.html").write_text(page)
+
+
+def _headline(scores: dict[str, float], trained: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        *((name, f"{value:.1f}") for name, value in scores.items()),
+        ("best validation loss", f"{trained['best_val_loss']:.4f}"),
+        ("images seen", f"{trained['images_seen']:,}"),
+        ("images per second", f"{trained['images_per_second']:,.0f}"),
+        ("training time", f"{trained['train_seconds'] / 60:.1f} min"),
+        ("parameters", f"{trained['parameters']:,}"),
+    ]
+
+
+def _rows(details: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested details as flat rows."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in details.items():
+        rows += _rows(value, f"{key} ") if isinstance(value, dict) else [(prefix + key.replace("_", " "), value)]
+    return rows
+
+
+def _preview_name(path: Path) -> str:
+    _, step, *kind = path.stem.split("_")
+    return f"step {int(step):,}" + (", denoising" if kind else "")
+
+
+def _embedded(picture: Path) -> str:
+    """A picture as a data URI: the page can be sent to somebody as one file."""
+    try:
+        return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"{picture} cannot be read ({error.strerror}): run `dvc repro`") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run `dvc repro`") from None
+    return content
+
+
+def _read_csv(path: Path) -> list[dict[str, float]]:
+    try:
+        with path.open() as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): run `dvc repro`") from None
