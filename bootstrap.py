@@ -29,7 +29,7 @@ def main():
         sys.exit(f"error: {free:.1f} GB of disk are free and {NEEDED_GB} are needed: make room, then try again")
     print(f"Setting up {VENV} with {python} (torch and its libraries are about 6 GB; this happens once).", flush=True)
     run([python, "-m", "venv", "--clear", str(VENV)], "install Python's venv module (Debian: apt install python3-venv)")
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     advice = "see the lines above; check the network and the disk, then try again"
     run([*pip, "--require-hashes", "-r", "requirements.lock"], advice)
     run([*pip, "--no-deps", "--no-build-isolation", "--editable", "."], advice)

@@ -296,6 +296,9 @@ def _check_across(params: Params) -> None:
         raise UserError("data.sources is empty: name at least one of local, mirrors, npm, official")
     if params.data.path is not None and "local" not in params.data.sources:
         raise UserError("data.path is set but data.sources lacks local: add it, or set data.path: null")
+    for key in ("lr_schedules", "schedules"):
+        if not getattr(params.tune, key):
+            raise UserError(f"tune.{key} is empty: name at least one, the one in use for no search")
     if params.tune.lr[0] > params.tune.lr[1]:
         raise UserError(f"tune.lr = {list(params.tune.lr)}: the lower end comes first")
 

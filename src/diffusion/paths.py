@@ -46,9 +46,14 @@ EVALUATE_METRICS = Path("metrics/evaluate.json")
 # report
 REPORT = Path("report")
 
+# tune, which is no DVC stage
+TRIALS_CSV = Path("tuning/trials.csv")
+BEST_YAML = Path("tuning/best.yaml")
+
 # outside DVC's outs, which DVC deletes before a stage runs
 DOWNLOADS = ROOT / "data/downloads"
 WEIGHTS = ROOT / "data/weights"
 RUNS = ROOT / "runs"
+OPTUNA_DB = ROOT / "optuna/study.db"
 MLFLOW_DB = ROOT / "mlflow.db"
 MLFLOW_ARTIFACTS = ROOT / "mlartifacts"

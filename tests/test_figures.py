@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion import figures
+from diffusion.schedules import SCHEDULES, make_schedule
+
+LOSSES = [{"step": 10.0 * i, "loss": 1.0 / i, "loss_smoothed": 1.1 / i} for i in range(1, 20)]
+VALIDATION = [{"step": 50.0, "val_loss": 0.4}, {"step": 100.0, "val_loss": 0.2}, {"step": 150.0, "val_loss": 0.3}]
+
+
+def lines(axes) -> dict[str, np.ndarray]:
+    return {line.get_label(): np.array(line.get_xydata()) for line in axes.get_lines()}
+
+
+def test_the_loss_figure_shows_its_data_and_the_best_step() -> None:
+    drawn = lines(figures.loss_figure(LOSSES, VALIDATION).axes[0])
+    by_kind = {name.split(":")[0]: xy for name, xy in drawn.items()}
+    np.testing.assert_allclose(by_kind["training, single batches"], [[r["step"], r["loss"]] for r in LOSSES])
+    np.testing.assert_allclose(by_kind["training, smoothed"], [[r["step"], r["loss_smoothed"]] for r in LOSSES])
+    np.testing.assert_allclose(by_kind["validation (EMA)"], [[r["step"], r["val_loss"]] for r in VALIDATION])
+    np.testing.assert_allclose(by_kind["best validation"], [[100.0, 0.2]])
+
+
+@pytest.mark.parametrize(
+    "rows", [[], [{"step": 1.0, "loss": float("nan"), "loss_smoothed": float("nan")}]], ids=["none", "nan"]
+)
+def test_a_loss_figure_without_values_can_be_drawn(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+    figures.loss_curve(rows, [], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size[0] > 500
+
+
+def test_the_schedules_figure_shows_alpha_bar_and_log_snr() -> None:
+    left, right = figures.schedules_figure(100, used="cosine").axes
+    for name in SCHEDULES:
+        label = f"{name} (this run)" if name == "cosine" else name
+        alpha_bar = make_schedule(name, 100).alphas_cumprod.numpy()
+        np.testing.assert_allclose(lines(left)[label][:, 1], alpha_bar)
+        np.testing.assert_allclose(lines(right)[label][:, 1], np.log(alpha_bar / (1 - alpha_bar)), rtol=1e-6)
+
+
+def test_the_noising_frames_are_the_forward_process() -> None:
+    """Signal and noise of a column add up to x_t: subtracting the scaled image leaves one noise for all columns."""
+    schedule = make_schedule("linear", 1000)
+    pictures = np.random.default_rng(0).integers(100, 156, (2, 32, 32, 3), dtype=np.uint8)
+    frames, steps = figures.noising_frames(pictures, schedule, columns=5, seed=0)
+    assert steps == [250, 500, 749, 999]
+    np.testing.assert_array_equal(frames[0], pictures)
+    noises = []
+    for frame, t in zip(frames[1:], steps, strict=True):
+        alpha_bar = float(schedule.alphas_cumprod[t])
+        x_t = frame / 127.5 - 1
+        noises.append((x_t - alpha_bar**0.5 * (pictures / 127.5 - 1)) / (1 - alpha_bar) ** 0.5)
+    inside = np.all([(f > 0) & (f < 255) for f in frames[1:]], axis=0)  # clamped pixels say nothing
+    for noise in noises[1:]:
+        np.testing.assert_allclose(noise[inside], noises[0][inside], atol=0.02)
+    assert abs(np.std(noises[0][inside])) > 0.4
+
+
+def test_pictures_are_placed_without_resampling(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    figures.comparison(pictures, pictures[::-1], "fd_lite0 1.0", tmp_path / "c.png")
+    page = np.asarray(Image.open(tmp_path / "c.png"))
+    wanted = pictures[0].repeat(2, 0).repeat(2, 1)
+    windows = np.lib.stride_tricks.sliding_window_view(page, wanted.shape)[:, :, 0]
+    corner = (windows[:, :, 0, 0] == wanted[0, 0]).all(axis=-1) & (windows[:, :, -1, -1] == wanted[-1, -1]).all(axis=-1)
+    found = sum(bool((windows[y, x] == wanted).all()) for y, x in zip(*np.nonzero(corner), strict=True))
+    assert found == 2  # once among the real, once among the generated
+
+
+def test_equal_figures_are_equal_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        figures.schedules(50, tmp_path / f"{name}.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

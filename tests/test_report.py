@@ -1,0 +1,52 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion import images, paths
+from diffusion.errors import UserError
+from diffusion.report import report
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the earlier stages would have left, with a score whose name needs escaping."""
+    monkeypatch.chdir(tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    for folder in (paths.CIFAR10, paths.SAMPLES, paths.TRAIN_METRICS.parent, paths.LOSS_CSV.parent):
+        folder.mkdir(parents=True)
+    np.savez(paths.CIFAR10_TRAIN, images=pictures, labels=np.zeros(12, np.uint8))
+    np.savez(paths.SAMPLES_NPZ, images=pictures)
+    images.save_png(pictures[0], paths.SAMPLES / "denoising.png")
+    images.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
+    images.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
+    paths.LOSS_CSV.write_text("step,loss,loss_smoothed,lr,grad_norm\n10,0.5,0.5,0.001,1.0\n")
+    paths.VAL_LOSS_CSV.write_text("step,val_loss\n10,0.4\n")
+    train = {"best_val_loss": 0.4, "images_seen": 640, "images_per_second": 400.0, "train_seconds": 90, "parameters": 7}
+    paths.TRAIN_METRICS.write_text(json.dumps(train))
+    about = {"fd_lite0": {"samples": 12, "reference": {"split": "<b>train</b>"}}}
+    paths.EVALUATE_METRICS.write_text(json.dumps({"fd_lite0": 432.1, "about": about}))
+    return tmp_path
+
+
+def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Path, tiny) -> None:
+    report(tiny())
+    page = (paths.REPORT / "index.html").read_text()
+    for text in ("432.1", "1.5 min", "640", "step 500, denoising", "&lt;b&gt;train&lt;/b&gt;"):
+        assert text in page, text
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 7
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    for name in ("loss", "schedules", "noising", "real_and_generated"):
+        assert (paths.REPORT / f"{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", [paths.LOSS_CSV, paths.EVALUATE_METRICS, paths.SAMPLES / "denoising.png"], ids=str)
+def test_a_missing_input_is_one_line(outputs: Path, tiny, path: Path) -> None:
+    path.unlink()
+    with pytest.raises(UserError, match="dvc repro") as caught:
+        report(tiny())
+    assert "\n" not in str(caught.value)
