@@ -1,5 +1,6 @@
 """One script a DVC stage: read params, call one library function, write the declared outputs."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import click
 from diffusion import paths
 from diffusion.config import Params, load
 from diffusion.errors import UserError
+
+OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
 
 
 def stage(work: Callable[[Params], None]) -> click.Command:
@@ -24,6 +27,12 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             work(load(params))
         except UserError as error:
             click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in OUTSIDE:
+                raise
+            place = f" ({error.filename})" if error.filename else ""
+            click.secho(f"error: {error.strerror}{place}: put that right; what is done is kept", fg="red", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
             click.secho(str(error) or "stopped; `dvc repro` goes on from here", fg="yellow", err=True)

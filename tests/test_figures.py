@@ -60,6 +60,15 @@ def test_the_noising_frames_are_the_forward_process() -> None:
     assert abs(np.std(noises[0][inside])) > 0.4
 
 
+def test_the_noising_figure_heads_every_column_with_t_and_alpha_bar() -> None:
+    """alpha-bar of the linear schedule ends at 4.04e-5 (Ho et al. 2020, with betas 1e-4 .. 0.02 over 1,000 steps)."""
+    pictures = np.zeros((2, 32, 32, 3), dtype=np.uint8)
+    figure = figures.noising_figure(pictures, make_schedule("linear", 1000), columns=3)
+    _, *heads = [text.get_text() for text in figure.texts]
+    assert heads[0::2] == ["$x_0$", "$t=500$", "$t=999$"]
+    assert heads[1::2] == [rf"$\bar\alpha={value}$" for value in ("1", "0.078", r"4\cdot10^{-5}")]
+
+
 def test_pictures_are_placed_without_resampling(tmp_path: Path) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     figures.comparison(pictures, pictures[::-1], "fd_lite0 1.0", tmp_path / "c.png")

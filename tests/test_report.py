@@ -34,7 +34,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Path, tiny) -> None:
     report(tiny())
     page = (paths.REPORT / "index.html").read_text()
-    for text in ("432.1", "1.5 min", "640", "step 500, denoising", "&lt;b&gt;train&lt;/b&gt;"):
+    for text in ("432.1", "1.5 min", "640", "denoising, step 500", "&lt;b&gt;train&lt;/b&gt;"):
         assert text in page, text
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 7
@@ -50,3 +50,13 @@ def test_a_missing_input_is_one_line(outputs: Path, tiny, path: Path) -> None:
     with pytest.raises(UserError, match="dvc repro") as caught:
         report(tiny())
     assert "\n" not in str(caught.value)
+
+
+def test_a_long_training_shows_six_steps_from_first_to_last(outputs: Path, tiny) -> None:
+    for step in range(1000, 41_000, 1000):
+        for kind in ("", "_denoising"):
+            images.save_png(np.zeros((4, 4, 3), np.uint8), paths.PREVIEWS / f"step_{step:06d}{kind}.png")
+    report(tiny())
+    shown = re.findall(r'alt="samples, step ([\d,]+)"', (paths.REPORT / "index.html").read_text())
+    assert len(shown) == 6
+    assert (shown[0], shown[-1]) == ("500", "40,000")

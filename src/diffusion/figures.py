@@ -4,9 +4,9 @@ Figures are built and drawn without pyplot, so nothing is global and no display 
 returns the Figure; the function beside it writes it to a PNG file.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -101,19 +101,20 @@ def noising_figure(
 ) -> Figure:
     """The forward process on uint8 (N, H, W, 3): one row an image, one column a step, headed by t and alpha-bar."""
     frames, steps = noising_frames(images, schedule, columns, seed)
-    gap, margin, head = 4, 24, 92
+    gap, margin, head = 4, 20, 84
     picture = pictures.strip(frames, gap=gap, scale=scale)
     height, width = picture.shape[:2]
     figure = _pixel_figure(width + 2 * margin, height + head + margin)
     figure.figimage(picture, margin, margin)
-    _text(figure, margin, height + margin + head - 16, "Forward process: noise added step by step", 15, INK, "left")
+    top = margin + height
+    _text(figure, margin, top + head - 30, "Forward process: noise added step by step", 17, weight="bold")
     pitch = images.shape[2] * scale + gap
     heads = [r"$x_0$", *(f"$t={t}$" for t in steps)]
     alpha_bars = [1.0, *schedule.alphas_cumprod[steps].tolist()]
     for i, (text, alpha_bar) in enumerate(zip(heads, alpha_bars, strict=True)):
         centre = margin + i * pitch + images.shape[2] * scale / 2
-        _text(figure, centre, height + margin + 44, text, 12, INK, "center")
-        _text(figure, centre, height + margin + 24, rf"$\bar\alpha={_short(alpha_bar)}$", 12, FAINT, "center")
+        _text(figure, centre, top + 28, text, 13, ha="center")
+        _text(figure, centre, top + 8, rf"$\bar\alpha={_short(alpha_bar)}$", 13, ha="center", color=FAINT)
     return figure
 
 
@@ -125,14 +126,14 @@ def noising_strip(images: np.ndarray, schedule: NoiseSchedule, path: Path) -> No
 def comparison_figure(real: np.ndarray, generated: np.ndarray, scores: str, *, columns: int = 8) -> Figure:
     """The first columns^2 of both sets, uint8 (N, H, W, 3), side by side; `scores` stands under the second's title."""
     grids = [pictures.grid(images[: columns**2], columns=columns, scale=2) for images in (real, generated)]
-    margin, head, between = 24, 72, 36
+    margin, head, between = 20, 68, 36
     height = max(picture.shape[0] for picture in grids)
     figure = _pixel_figure(2 * margin + between + sum(g.shape[1] for g in grids), height + head + margin)
     x = margin
     for picture, title, below in zip(grids, ("Real", "Generated"), ("CIFAR-10, training set", scores), strict=True):
         figure.figimage(picture, x, margin + height - picture.shape[0])
-        _text(figure, x, height + margin + head - 16, title, 15, INK, "left")
-        _text(figure, x, height + margin + 28, below, 12, FAINT, "left")
+        _text(figure, x, margin + height + head - 30, title, 17, weight="bold")
+        _text(figure, x, margin + height + 12, below, 14, color=FAINT)
         x += picture.shape[1] + between
     return figure
 
@@ -150,7 +151,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="semibold", color=INK, pad=10)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(x_label, fontsize=10, color=INK)
     axes.set_ylabel(y_label, fontsize=10, color=INK)
     axes.tick_params(which="both", labelsize=9, labelcolor=FAINT, color=GRID, length=3)
@@ -158,11 +159,11 @@ def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c3c9d0")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
-def _legend(axes: Axes, place: str) -> None:
+def _legend(axes: Axes, place: Literal["upper right"]) -> None:
     axes.legend(loc=place, fontsize=9, labelcolor=INK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.4)
 
 
@@ -202,16 +203,28 @@ def _pixel_figure(width: int, height: int) -> Figure:
     return Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI)  # Agg truncates to whole pixels
 
 
-def _text(figure: Figure, x: float, y: float, text: str, pixels: int, colour: str, align: str) -> None:
-    """Text with its baseline at pixel (x, y) from the lower left corner."""
-    figure.text(x, y, text, transform=None, fontsize=pixels * 72 / DPI, color=colour, ha=align, va="baseline")
+def _text(
+    figure: Figure,
+    x: float,
+    y: float,
+    text: str,
+    pixels: int,
+    *,
+    color: str = INK,
+    weight: Literal["normal", "bold"] = "normal",
+    ha: Literal["left", "center"] = "left",
+) -> None:
+    """Text of height `pixels` with its baseline at pixel (x, y) from the lower left corner."""
+    size = pixels * 72 / DPI
+    figure.text(x, y, text, transform=None, fontsize=size, color=color, fontweight=weight, ha=ha, va="baseline")
 
 
 def _short(alpha_bar: float) -> str:
-    if alpha_bar >= 0.0005 or alpha_bar == 0:
+    """alpha-bar in TeX with three decimals, or as a power of ten where those would be zeros."""
+    if alpha_bar >= 0.0005:
         return f"{alpha_bar:.3f}" if alpha_bar < 1 else "1"
-    exponent = math.floor(math.log10(alpha_bar))
-    return rf"{alpha_bar / 10**exponent:.0f}\cdot10^{{{exponent}}}"
+    mantissa, exponent = f"{alpha_bar:.0e}".split("e")
+    return rf"{mantissa}\cdot10^{{{int(exponent)}}}"
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:

