@@ -37,7 +37,8 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
   dt { font-size: .85rem; } dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
   .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.25rem; margin: 1.25rem 0; }
   figure { margin: 0; }
-  table { border-collapse: collapse; font-size: .9rem; margin-bottom: 1.5rem; } td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
+  table { border-collapse: collapse; font-size: .9rem; margin-bottom: 1.5rem; }
+  td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
   border-bottom: 1px solid var(--line); font-weight: normal; } th { color: var(--faint); }
 </style>
 <h1>Diffusion on CIFAR-10</h1>
@@ -52,7 +53,8 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 {% for kind, row in previews %}
 <div class="row">
 {% for name, picture in row %}
-<figure><img src="{{ picture }}" alt="{{ kind }}, {{ name }}" loading="lazy"><figcaption>{{ name }}</figcaption></figure>
+<figure><img src="{{ picture }}" alt="{{ kind }}, {{ name }}" loading="lazy">
+<figcaption>{{ name }}</figcaption></figure>
 {% endfor %}
 </div>
 {% endfor %}
