@@ -90,7 +90,8 @@ def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
     expected = ((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
     assert result["fd_lite0"] == pytest.approx(expected, rel=0.01)
     assert "fid" not in result
-    about = result["about"]["fd_lite0"]
+    (about,) = result["about"]
+    assert about["metric"] == "fd_lite0"
     assert (about["samples"], about["reference"]["images"], about["reference"]["split"]) == (25, 20, "train")
     assert about["sampler"] == "ddim"
     json.dumps(result)
@@ -171,7 +172,7 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
     theirs.update(torch.from_numpy(pictures(25, 1)[:20]).permute(0, 3, 1, 2), real=False)
     assert result["fid"] == pytest.approx(float(theirs.compute()), rel=1e-4)
     assert set(result) == {"fd_lite0", "fid", "about"}
-    assert (result["about"]["fid"]["samples"], result["about"]["fid"]["weights"]) == (20, "ema")
+    assert (result["about"][1]["samples"], result["about"][1]["weights"]) == (20, "ema")
 
     with_weights.write_text("other weights")
     with pytest.raises(UserError, match="weights_sha256"):

@@ -47,7 +47,7 @@ def _draw(params: Params, card: dict[str, Any]) -> None:
     net, trained = load_model(paths.MODEL)
     denoiser = Denoiser(
         net.to(device),
-        make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps),
+        make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps).to(device),
         trained.diffusion.prediction,
         dtype=resolve_precision(config.precision, device),
         clip_x0=config.clip_x0,

@@ -122,7 +122,7 @@ def reference_images(config: EvaluateConfig, extractor: Extractor) -> int:
 def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE) -> dict[str, Any]:
     """Distances of the images in `samples` (npz) to the references in `folder`.
 
-    {"fd_lite0": value, "fid": value if there is a reference for it, "about": {metric: all that the number depends on}};
+    {"fd_lite0": value, "fid": value if there is a reference for it, "about": [{"metric": name, what it depends on}, ...]};
     `about` says how the samples were made and is copied beside each number. No FID with `evaluate.inception: off`.
 
     Raises:
@@ -146,12 +146,14 @@ def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Pa
         )
         for e in extractors
     ]
-    result: dict[str, Any] = {"about": {}}
+    result: dict[str, Any] = {"about": []}  # a list: `dvc metrics` shows the numbers alone
     for extractor, reference in zip(extractors, references, strict=True):
         chosen = images[: config.inception_images] if isinstance(extractor, Inception) else images
         moments = moments_of(chosen, extractor, config.batch_size, device, extractor.metric)
         result[extractor.metric] = frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
-        result["about"][extractor.metric] = {"samples": len(chosen), "reference": reference.key, **about}
+        result["about"].append(
+            {"metric": extractor.metric, "samples": len(chosen), "reference": reference.key, **about}
+        )
     return result
 
 

@@ -16,7 +16,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 
 def signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), each (B, 1, 1, 1) in the dtype and on the device of `like`."""
-    alpha_bar = schedule.alpha_bar(t.to(schedule.alphas_cumprod.device))
+    alpha_bar = schedule.alpha_bar(t)
     return column(alpha_bar.sqrt(), like), column((1.0 - alpha_bar).sqrt(), like)
 
 

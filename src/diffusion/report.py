@@ -59,9 +59,8 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 </div>
 {% endfor %}
 <h2>How the scores were made</h2>
-{% for metric, rows in about %}
+{% for rows in about %}
 <table>
-<tr><th>metric</th><td>{{ metric }}</td></tr>
 {% for key, value in rows %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>
 {% endfor %}
 </table>
@@ -98,7 +97,7 @@ def report(params: Params) -> None:
         headline=_headline(scores, trained),
         pictures=[(title, _embedded(path)) for title, path in pictures.items()],
         previews=_previews(),
-        about=[(metric, list(_rows(details))) for metric, details in evaluated["about"].items()],
+        about=[_rows(details) for details in evaluated["about"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
 

@@ -31,7 +31,13 @@ class NoiseSchedule:
     def alpha_bar(self, t: Tensor) -> Tensor:
         """float64 (B,): alphas_cumprod at integer steps t (B,); 1 at t = -1, where no noise is left."""
         padded = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod])
-        return padded.to(t.device)[t + 1]
+        return padded[t.to(padded.device) + 1]
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        """The same schedule with its tables on `device`, or on the CPU where `device` has no float64 (mps)."""
+        if device.type == "mps":
+            return self
+        return NoiseSchedule(self.betas.to(device), self.alphas_cumprod.to(device))
 
     def snr(self) -> Tensor:
         """float64 (num_steps,): signal-to-noise ratio alpha-bar / (1 - alpha-bar)."""

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -67,7 +67,7 @@ class Trainer:
     def __init__(self, config: TrainedConfig, data: Dataset, folder: Path, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.dtype = resolve_precision(config.train.precision, device)
-        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps)
+        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(device)
         with seeded(config.seed, "init", 0, torch.device("cpu")):
             net = UNet(config.model)
         self.net: nn.Module = net.to(device).to(memory_format=torch.channels_last)
@@ -152,11 +152,13 @@ class Trainer:
         progress = self.progress
         loss = sum(self._recent) / len(self._recent) if self._recent else math.nan
         self._recent = []
-        before = progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else loss
-        smoothed = (
-            loss if math.isnan(before) else before if math.isnan(loss) else before + (loss - before) * (1 - SMOOTHING)
-        )
-        row = {"step": progress.step, "loss": loss, "loss_smoothed": smoothed, "lr": lr, "grad_norm": grad_norm}
+        row = {
+            "step": progress.step,
+            "loss": loss,
+            "loss_smoothed": smoothed(progress.loss_rows, loss),
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
         progress.loss_rows.append(row)
         return row
 
@@ -172,6 +174,15 @@ class Trainer:
         values: dict[str, Any] = state["progress"]
         self._recent = values.pop("recent")
         self.progress = Progress(**values)
+
+
+def smoothed(rows: Sequence[Mapping[str, float]], loss: float) -> float:
+    """Next value of the smoothed loss: an average with warm-up like the weights'; a loss of NaN leaves it as it is."""
+    before = rows[-1]["loss_smoothed"] if rows else math.nan
+    if math.isnan(before) or math.isnan(loss):
+        return loss if math.isnan(before) else before
+    decay = ema_decay(len(rows), SMOOTHING)
+    return decay * before + (1 - decay) * loss
 
 
 def train(trainer: Trainer) -> Iterator[Record]:
