@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,17 @@ def test_mlproject_runs_the_same_stages() -> None:
     entry_points = YAML(typ="safe").load(REPO / "MLproject")["entry_points"]
     assert set(STAGES) <= set(entry_points)
     for name in STAGES:
-        assert entry_points[name]["command"] == STAGES[name]["cmd"]
+        assert entry_points[name]["command"] == f"PYTHONPATH=src {STAGES[name]['cmd']}"
+
+
+def test_mlflows_environment_is_the_locked_one() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    wanted = {re.split(r"[<>=]", dependency)[0].replace(".", "-") for dependency in project["dependencies"]}
+    lock = (REPO / "requirements.lock").read_text()
+    listed = YAML(typ="safe").load(REPO / "python_env.yaml")["dependencies"]
+    assert {pin.split("==")[0] for pin in listed} == wanted
+    for pin in listed:
+        assert re.search(rf"^{re.escape(pin)}\b", lock, re.M), pin
 
 
 def test_the_imports_point_down() -> None:

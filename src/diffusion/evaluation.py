@@ -122,7 +122,7 @@ def reference_images(config: EvaluateConfig, extractor: Extractor) -> int:
 def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE) -> dict[str, Any]:
     """Distances of the images in `samples` (npz) to the references in `folder`.
 
-    {"fd_lite0": value, "fid": value if there is a reference for it, "about": [{"metric": name, what it depends on}, ...]};
+    {"fd_lite0": value, "fid": value if there is a reference for it, "about": [{"metric": its name, ...}, ...]};
     `about` says how the samples were made and is copied beside each number. No FID with `evaluate.inception: off`.
 
     Raises:
