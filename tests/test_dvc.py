@@ -123,15 +123,15 @@ def test_metrics_plots_and_experiments(project: Project) -> None:
     assert any((project.folder / "pages").rglob("*.png"))
 
     assert "val_loss" in (project.folder / "plots/val_loss.csv").read_text()
-    ran = project.dvc("exp", "run", "-n", "faster", "-S", "train.lr=0.002")
+    ran = project.dvc("exp", "run", "-n", "faster", "-S", "train.lr=0.003")
     assert "Running stage 'train'" in ran
     table = project.dvc("exp", "show", "--csv")
     assert "faster" in table
-    assert "0.002" in table
+    assert "0.003" in table
 
 
 @pytest.mark.xdist_group("dvc")
 def test_a_misspelt_key_stops_the_run(project: Project) -> None:
-    said = project.dvc("exp", "run", "-S", "train.lrr=0.002", check=False)
+    said = project.dvc("exp", "run", "-S", "+train.lrr=0.002", check=False)
     assert "unknown key train.lrr: did you mean train.lr?" in said
     assert "Traceback" not in said

@@ -85,7 +85,7 @@ def test_it_learns(tiny, tiny_data, tmp_path: Path) -> None:
     before = trainer.validate()
     for _ in train(trainer):
         pass
-    assert trainer.progress.best_val_loss < 0.6 * before
+    assert trainer.progress.best_val_loss < 0.7 * before
 
 
 def test_the_best_weights_are_kept_not_the_last(

@@ -184,8 +184,8 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
     _write_curves(trainer)
     shutil.rmtree(paths.PREVIEWS, ignore_errors=True)
     shutil.copytree(trainer.folder / "previews", paths.PREVIEWS)
-    final = {f"final/{key}": float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-    tracker.metrics(final, progress.step)
+    numbers = {key.removeprefix("final_"): value for key, value in metrics.items() if isinstance(value, int | float)}
+    tracker.metrics({f"final/{key}": float(value) for key, value in numbers.items()}, progress.step)
     for path in (paths.MODEL, paths.MODEL_CARD):
         tracker.artifact(path, "model")
     for path in (paths.LOSS_CSV, paths.VAL_LOSS_CSV):

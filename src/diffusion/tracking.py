@@ -30,6 +30,7 @@ GATHER_SECONDS = 1.0  # how long points gather before they are written together
 CLOSE_SECONDS = 5.0  # close() gives up when the store has not moved for so long
 UPLOAD_SECONDS = 60.0  # the same while a file is on its way and nothing has failed
 CREATE_SECONDS = 120.0  # for another process to make the database
+TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `make ui` opens on pages for LLMs
 PAIRS_PER_BATCH = 100  # MLflow's limits
 PARAM_CHARS = 6000
 TAG_CHARS = 8000
@@ -292,7 +293,7 @@ def _experiment(client: Any, name: str) -> str:
             paths.MLFLOW_ARTIFACTS.mkdir(parents=True, exist_ok=True)
         try:
             location = paths.MLFLOW_ARTIFACTS.absolute().as_uri() if local else None
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=TRAINING_PAGES))
         except Exception:
             found = client.get_experiment_by_name(name)  # another process may have been first
             if found is None:
