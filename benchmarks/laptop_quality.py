@@ -27,7 +27,7 @@ from diffusion.training import Trainer, train
 
 SAMPLES = 2000
 REFERENCE = 10_000
-CALIBRATION_STEPS = 60
+CALIBRATION_STEPS = 90
 
 
 @click.command()
@@ -42,7 +42,7 @@ def main(seconds: float, path: str, grid: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibration = Trainer(trained(params), data, Path(folder) / "calibration", device)
         rate = steps_per_second(calibration)
-        steps = int(seconds * rate * 0.97)  # validation and checkpoints take a little
+        steps = int(seconds * rate * 0.92)  # validation and checkpoints take some, and a long run slows a little
         params = dataclasses.replace(params, train=dataclasses.replace(params.train, steps=steps))
         start = time.perf_counter()
         trainer = Trainer(trained(params), data, Path(folder) / "run", device)

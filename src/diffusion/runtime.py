@@ -50,7 +50,7 @@ def generator(seed: int, purpose: str, index: int = 0, device: torch.device | st
 def keep_freed_memory() -> None:
     """Stop glibc from handing large freed blocks back to the system, which costs page faults in every step.
 
-    A training step on two cores takes about a fifth less time with it (benchmarks/malloc.py). Other systems: no effect.
+    A training step on two cores takes about a tenth less time with it (benchmarks/malloc.py). Other systems: no effect.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
