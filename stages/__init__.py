@@ -35,7 +35,7 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             click.secho(f"error: {error.strerror}{place}: put that right; what is done is kept", fg="red", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            click.secho(str(error) or "stopped; `dvc repro` goes on from here", fg="yellow", err=True)
+            click.secho(str(error) or "stopped; `dvc repro` starts this stage anew", fg="yellow", err=True)
             sys.exit(130)
 
     option = click.option(
