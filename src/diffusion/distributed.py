@@ -1,0 +1,197 @@
+"""Processes that work together: joining the ones that torchrun started, and starting them on one machine.
+
+A lone process is a world of one: the same code runs in it, and no process group is made.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from diffusion.errors import UserError
+from diffusion.runtime import resolve_device
+
+# Rank 0 alone draws previews and writes outputs while the others wait in a collective.
+TIMEOUT = datetime.timedelta(minutes=30)
+STOP_SECONDS = 300  # for a worker to end its step and save, once it was asked to stop
+RESTARTS = 3  # of `launch`, after workers that something outside killed
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that work together, seen from one of them: 0 <= rank < size; local_rank counts within a machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files, tracks and shows progress."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's part of range(count): contiguous, in the order of ranks, sizes differing by at most one."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` by its sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, obj: Any) -> list[Any] | None:
+        """The objects of all ranks in their order, on rank 0; None elsewhere."""
+        if self.size == 1:
+            return [obj]
+        found: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(obj, found)
+        return found
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            self.any(False)  # dist.barrier would pick the GPU, and so wait for all that is queued there
+
+    def broadcast(self, obj: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.size == 1:
+            return obj
+        held = [obj]
+        dist.broadcast_object_list(held)
+        return held[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on at least one rank; through the CPU: no GPU is waited for."""
+        return bool(self.sum_(torch.tensor(int(flag))) > 0)
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()` of every rank. If it raises UserError on one, no rank goes on, so that none waits for it for ever.
+
+        Raises:
+            UserError: on rank 0 it failed, or rank 0 speaks for the rank where it did.
+            SystemExit: status 2 on the other ranks, so that the message is printed once.
+        """
+        result, problem = None, ""
+        try:
+            result = work()
+        except UserError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        problems: list[str] = self.broadcast(self.gather(problem)) or []
+        if any(problems):
+            self.fail(next(filter(None, problems)))
+        return result  # type: ignore[return-value]  # it did not raise
+
+    def fail(self, message: str) -> NoReturn:
+        """End all ranks, which must all call it, with one printed line.
+
+        Raises:
+            UserError: on rank 0.
+            SystemExit: status 2 on the others.
+        """
+        if self.is_main:
+            raise UserError(message)
+        self.leave(2)
+
+    def leave(self, status: int) -> NoReturn:
+        """End a rank other than 0 in silence, once rank 0 has left the world: torchrun stops all when one has failed.
+
+        Raises:
+            SystemExit: with `status`.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from torchrun, as soon as rank 0 has ended
+        with contextlib.suppress(RuntimeError):
+            self.barrier()  # rank 0 does not come: this ends when it closes its connections
+        sys.exit(status)
+
+
+ALONE = World(rank=0, size=1, local_rank=0)
+
+
+def is_worker() -> bool:
+    """Whether torchrun (or `launch`) started this process."""
+    return os.environ.keys() >= {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+
+
+@contextlib.contextmanager
+def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
+    """The world that torchrun's environment describes, and this process's device for `auto | cpu | cuda | mps`.
+
+    CUDA: each process of a machine has the GPU of its local rank. A process that torchrun did not start is ALONE.
+
+    Raises:
+        UserError: the device is not on this machine, or the machine has fewer GPUs than processes.
+    """
+    device = resolve_device(device_name)
+    size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
+    if size == 1:
+        yield ALONE, device
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    backend = "gloo"
+    if device.type == "cuda":
+        if torch.cuda.device_count() <= world.local_rank:
+            raise UserError(f"there are more processes than the {torch.cuda.device_count()} GPUs here: start fewer")
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # what the processes tell each other besides tensors needs no GPU
+    elif device.type != "cpu":
+        raise UserError(f"several processes cannot share one {device.type} device: set processes: 1, or device: cpu")
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield world, device
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(processes: int, module: str, args: Sequence[str]) -> None:
+    """Run `python -m module args` in `processes` processes of this machine, as torchrun does.
+
+    SIGINT and SIGTERM are handed on. Workers that a signal killed are started again, RESTARTS times at most: all begin
+    anew, and go on from what they saved.
+
+    Raises:
+        SystemExit: with the exit status of the worker that failed first (it said why), 130 after SIGINT or SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the workers' and our own lines say it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    for left in reversed(range(RESTARTS + 1)):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"{module}-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,  # torchrun would start workers again that ended because of a mistake in the params
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *args)
+            return
+        except SignalException:
+            sys.exit(130)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0 or not left:
+                sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
+            print(f"process {rank} of {processes} was killed (signal {-failure.exitcode}): again", file=sys.stderr)
