@@ -1,4 +1,7 @@
+import click
+
 from diffusion.config import Params
+from diffusion.distributed import is_worker, launch
 from diffusion.fit import fit
 from stages import stage
 
@@ -6,7 +9,10 @@ from stages import stage
 @stage
 def main(params: Params) -> None:
     """Train, or resume, and keep the EMA weights with the best validation loss in models/."""
-    fit(params)
+    if params.train.processes > 1 and not is_worker():
+        launch(params.train.processes, "stages.train", ["--params", str(click.get_current_context().params["params"])])
+    else:
+        fit(params)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ from diffusion.runtime import generator
 from diffusion.schedules import make_schedule
 
 
+def training(loss: Loss, net: nn.Module, x0: Tensor, source: torch.Generator) -> Tensor:
+    return loss.training(net, x0, *loss.draw(x0, len(x0), source))
+
+
 class Zero(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -33,11 +37,11 @@ def make_loss(prediction: str = "eps", weight: str = "simple", steps: int = 100)
 def test_the_loss_of_no_prediction_is_the_targets_mean_square() -> None:
     """Eps has mean square 1; v = a eps - s x0 has a^2 + s^2 E[x0^2] (independent parts)."""
     x0 = torch.full((4000, 3, 8, 8), 0.5)
-    assert float(make_loss("eps").training(Zero(), x0, generator(0, "a"))) == pytest.approx(1.0, rel=0.01)
-    assert float(make_loss("x0").training(Zero(), x0, generator(0, "a"))) == pytest.approx(0.25, rel=1e-6)
+    assert float(training(make_loss("eps"), Zero(), x0, generator(0, "a"))) == pytest.approx(1.0, rel=0.01)
+    assert float(training(make_loss("x0"), Zero(), x0, generator(0, "a"))) == pytest.approx(0.25, rel=1e-6)
     mean_s2 = float((1 - make_schedule("cosine", 100).alphas_cumprod).mean())
     expected = (1 - mean_s2) + mean_s2 * 0.25
-    assert float(make_loss("v").training(Zero(), x0, generator(0, "a"))) == pytest.approx(expected, rel=0.03)
+    assert float(training(make_loss("v"), Zero(), x0, generator(0, "a"))) == pytest.approx(expected, rel=0.03)
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:
@@ -65,10 +69,10 @@ def test_training_draws_from_its_source_alone() -> None:
     recorder = Recorder()
     loss = make_loss()
     torch.manual_seed(1)
-    first = loss.training(recorder, x0, generator(0, "train", 5))
+    first = training(loss, recorder, x0, generator(0, "train", 5))
     torch.manual_seed(2)
-    second = loss.training(recorder, x0, generator(0, "train", 5))
-    loss.training(recorder, x0, generator(0, "train", 6))
+    second = training(loss, recorder, x0, generator(0, "train", 5))
+    training(loss, recorder, x0, generator(0, "train", 6))
     assert float(first) == float(second)
     assert recorder.t[0].equal(recorder.t[1])
     assert not recorder.t[0].equal(recorder.t[2])
@@ -76,7 +80,7 @@ def test_training_draws_from_its_source_alone() -> None:
 
 def test_training_steps_are_uniform() -> None:
     recorder = Recorder()
-    make_loss(steps=10).training(recorder, torch.zeros(20_000, 1, 1, 1), generator(0, "train"))
+    training(make_loss(steps=10), recorder, torch.zeros(20_000, 1, 1, 1), generator(0, "train"))
     counts = recorder.t[0].bincount(minlength=10)
     assert ((counts - 2000).abs() < 5 * (2000 * 0.9) ** 0.5).all()
 
@@ -96,6 +100,6 @@ def test_bf16_is_the_networks_alone() -> None:
     x0 = torch.randn(8, 3, 8, 8)
     recorder = Recorder()
     loss = Loss(make_schedule("cosine", 100), "eps", "simple", torch.bfloat16)
-    value = loss.training(recorder, x0, generator(0, "train"))
+    value = training(loss, recorder, x0, generator(0, "train"))
     assert recorder.x[0].dtype == torch.float32
     assert value.dtype == torch.float32

@@ -77,6 +77,9 @@ class TrainConfig:
     flip: bool
     device: Device
     precision: Precision
+    micro_batch: Annotated[int, Range(1, 65_536)] | None
+    compile: Literal["auto", "on", "off"]
+    processes: Annotated[int, Range(1, 64)]
     log_every: Count
     validate_every: Count
     preview_every: Count
@@ -280,6 +283,11 @@ def _check_across(params: Params) -> None:
         raise UserError(
             f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
             f"divides 32 pixels by {stride}: use fewer levels"
+        )
+    if params.train.processes > params.train.batch_size:
+        raise UserError(
+            f"train.processes = {params.train.processes} is more than train.batch_size = {params.train.batch_size}, "
+            "which they share: lower it"
         )
     if params.train.preview_steps > params.diffusion.num_steps:
         raise UserError(

@@ -124,33 +124,49 @@ class Dataset:
 class Batches:
     """Training batches as a function of (seed, step): shuffled without replacement epoch by epoch, flipped at random.
 
-    The images stay uint8 on `device`; one batch is converted at a time.
+    The images stay uint8 on `device`; one batch is converted at a time. `share` names the positions of each batch that
+    are wanted (a rank's part of it): what is at a position does not depend on it.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, *, flip: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        *,
+        flip: bool,
+        device: torch.device,
+        share: range | None = None,  # contiguous; None = all
+    ) -> None:
         self.images = images.to(device)
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
+        self.share = slice(share.start, share.stop) if share is not None else slice(None)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def indices(self, step: int) -> Tensor:
         """int64 (B,): which images make the batch of `step` (from 0); an epoch ends inside a batch, none is dropped."""
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = positions // len(self.images)
-        parts = [self._permutation(int(e))[positions[epochs == e] % len(self.images)] for e in epochs.unique()]
+        position, end, parts = step * self.batch_size, (step + 1) * self.batch_size, []
+        while position < end:
+            epoch, offset = divmod(position, len(self.images))
+            parts.append(self._permutation(epoch)[offset : offset + end - position])
+            position += len(parts[-1])
         return torch.cat(parts)
 
     def __call__(self, step: int) -> Tensor:
-        """float32 (B, C, H, W) in [-1, 1]."""
-        batch = self.images[self.indices(step).to(self.images.device)]
-        if self.flip:
-            coins = torch.rand(len(batch), generator=generator(self.seed, "flip", step)) < 0.5
-            batch = torch.where(coins.to(batch.device)[:, None, None, None], batch.flip(2), batch)
+        """float32 (B, C, H, W) in [-1, 1]; B = the size of the share."""
+        device = self.images.device
+        batch = self.images[self.indices(step)[self.share]]
+        if self.flip:  # drawn where they are used: a copy to the GPU would wait for it
+            source = generator(self.seed, "flip", step, device)
+            coins = torch.rand(self.batch_size, generator=source, device=device)[self.share] < 0.5
+            batch = torch.where(coins[:, None, None, None], batch.flip(2), batch)
         return to_tensor(batch)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
+            order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
+            self._order = order.to(self.images.device)
         return self._order

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_decay(step: int, decay: float) -> float:
@@ -25,3 +25,10 @@ class EMA:
     def update(self, net: nn.Module, decay: float) -> None:
         """Average = decay * average + (1 - decay) * weights."""
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1.0 - decay)
+
+    @torch.no_grad()
+    def update_where(self, taken: Tensor, net: nn.Module, decay: float) -> None:
+        """As `update`, if the bool `taken` () is true; the host does not wait to know. `net` is finite either way."""
+        steps = torch._foreach_sub(list(net.parameters()), list(self.net.parameters()))
+        torch._foreach_mul_(steps, (1.0 - decay) * taken.float())
+        torch._foreach_add_(list(self.net.parameters()), steps)

@@ -18,34 +18,41 @@ from tqdm import tqdm
 from diffusion import paths, tracking
 from diffusion.config import Params, flat, trained
 from diffusion.data import Dataset
+from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.export import save_model
-from diffusion.journal import Tracker
+from diffusion.journal import NullTracker, Tracker
 from diffusion.previews import write_previews
 from diffusion.provenance import git_tags
-from diffusion.runtime import keep_freed_memory, resolve_device
+from diffusion.runtime import keep_freed_memory
 from diffusion.training import Record, Trainer, fingerprint, train
 
 
 def fit(params: Params) -> None:
     """Train as `params` say, or go on where a stopped training of the same params, data and code was; write outputs.
 
+    Under torchrun all processes call it and share the work.
+
     Raises:
         UserError: data are missing, another trainer is at work, or the training diverges.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the state was saved first.
+        SystemExit: on ranks other than 0, in place of either.
     """
-    config, data = trained(params), Dataset.load()
-    device = resolve_device(config.train.device)
-    keep_freed_memory()
-    folder = paths.RUNS / fingerprint(config, data.digest)
-    with only_trainer(folder), StopRequest() as stop:
-        trainer = Trainer(config, data, folder, device)
-        if trainer.progress.step:
+    config = trained(params)
+    with joined(config.train.device) as (world, device), contextlib.ExitStack() as held:
+        data = world.together(Dataset.load)
+        keep_freed_memory()
+        folder = paths.RUNS / fingerprint(config, data.digest)
+        world.together(lambda: held.enter_context(only_trainer(folder)) if world.is_main else None)
+        stop = held.enter_context(StopRequest())
+        trainer = Trainer(config, data, folder, device, world)
+        if trainer.progress.step and world.is_main:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
-        tracker = _open_run(params, folder, data.digest)
+        tracker = _open_run(params, folder, data.digest) if world.is_main else NullTracker()
         with tracking.closing_status(tracker):
             _loop(trainer, tracker, stop)
-            _write_outputs(trainer, tracker, data.digest)
+            if world.is_main:
+                _write_outputs(trainer, tracker, data.digest)
 
 
 @contextlib.contextmanager
@@ -90,7 +97,7 @@ class StopRequest:
 
 
 def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
-    config = trainer.config.train
+    config, world = trainer.config.train, trainer.world
     with tqdm(
         total=config.steps * config.batch_size,
         initial=trainer.progress.step * config.batch_size,
@@ -98,16 +105,26 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
         desc="train",
         mininterval=0.5 if sys.stderr.isatty() else 30,
         smoothing=0.05,
+        disable=not world.is_main,
     ) as bar:
         for record in train(trainer):
-            bar.update(config.batch_size)
-            _show(record, trainer, tracker, bar)
-            if record.step % config.preview_every == 0 or record.step == config.steps:
-                for picture in write_previews(trainer, trainer.folder / "previews"):
-                    tracker.artifact(picture, "previews")
-            if stop.asked and record.step < config.steps:
+            if world.is_main:
+                bar.update(config.batch_size)
+                _show(record, trainer, tracker, bar)
+                if record.step % config.preview_every == 0 or record.step == config.steps:
+                    for picture in write_previews(trainer, trainer.folder / "previews"):
+                        tracker.artifact(picture, "previews")
+            if _stops(trainer, stop, record.step):
                 trainer.save()
+                if not world.is_main:
+                    world.leave(130)
                 raise KeyboardInterrupt(f"stopped at step {record.step}; `dvc repro` goes on from there")
+
+
+def _stops(trainer: Trainer, stop: StopRequest, step: int) -> bool:
+    """Whether all ranks stop after this step: whichever was asked to; they agree at the steps that are read anyway."""
+    asks = trainer.world.size == 1 or trainer.reads(step)
+    return step < trainer.config.train.steps and asks and trainer.world.any(stop.asked)
 
 
 def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
@@ -167,6 +184,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
         "final_loss_smoothed": progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else None,
         "skipped_steps": progress.skipped,
         "rollbacks": progress.rollbacks,
+        "processes": trainer.world.size,
         "device": trainer.device.type,
         "precision": str(trainer.dtype).removeprefix("torch."),
     }

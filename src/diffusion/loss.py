@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffusion.distributed import ALONE, World
 from diffusion.parameterization import PARAMETERIZATIONS
 from diffusion.process import q_sample, signal_and_noise
 from diffusion.runtime import autocast, generator
@@ -47,27 +48,30 @@ class Loss:
         target = self.target(x0, eps, *signal_and_noise(self.schedule, t, x0))
         return (output.float() - target).square().mean(dim=(1, 2, 3))
 
-    def training(self, net: nn.Module, x0: Tensor, source: torch.Generator) -> Tensor:
-        """Scalar loss of batch x0 (B, C, H, W), with t and noise drawn from `source`."""
-        t = torch.randint(self.schedule.num_steps, (len(x0),), generator=source, device=x0.device)
-        eps = torch.empty_like(x0).normal_(generator=source)
-        weights = self.weights.to(x0.device)[t]
-        return (weights * self.per_image(net, x0, t, eps)).mean()
+    def draw(self, x0: Tensor, batch_size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(t, noise) of a whole batch: int (batch_size,) and float32 (batch_size, C, H, W), like images x0."""
+        t = torch.randint(self.schedule.num_steps, (batch_size,), generator=source, device=x0.device)
+        eps = torch.empty((batch_size, *x0.shape[1:]), device=x0.device, memory_format=torch.channels_last)
+        return t, eps.normal_(generator=source)
+
+    def training(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Scalar loss of x0 (B, C, H, W) at steps t (B,) with noise eps: the weighted mean."""
+        return (self.weights[t] * self.per_image(net, x0, t, eps)).mean()
 
     @torch.inference_mode()
-    def validation(self, net: nn.Module, x0: Tensor, seed: int, batch_size: int) -> float:
-        """Unweighted mean loss of x0 (N, C, H, W) on one fixed (t, noise) grid.
+    def validation(self, net: nn.Module, x0: Tensor, seed: int, batch_size: int, world: World = ALONE) -> float:
+        """Unweighted mean loss of x0 (N, C, H, W) on one fixed (t, noise) grid; each rank of `world` does its share.
 
         t is spread evenly over the schedule, one stratum an image, so that N images cover all noise levels.
         """
         source = generator(seed, "validation")
         strata = (torch.arange(len(x0)) + 0.5) * self.schedule.num_steps / len(x0)
-        t = strata.long()[torch.randperm(len(x0), generator=source)].to(x0.device)
-        eps = torch.randn(x0.shape, generator=source).to(x0.device)
-        parts = [
-            self.per_image(net, x, t_part, eps_part)
-            for x, t_part, eps_part in zip(
-                x0.split(batch_size), t.split(batch_size), eps.split(batch_size), strict=True
-            )
-        ]
-        return float(torch.cat(parts).double().mean())
+        t = strata.long()[torch.randperm(len(x0), generator=source)]
+        eps = torch.randn(x0.shape, generator=source)
+        share = world.share(len(x0))
+        total = torch.zeros((), dtype=torch.float64)
+        for start in range(share.start, share.stop, batch_size):
+            part = slice(start, min(start + batch_size, share.stop))
+            losses = self.per_image(net, x0[part], t[part].to(x0.device), eps[part].to(x0.device))
+            total += losses.cpu().double().sum()
+        return float(world.sum_(total)) / len(x0)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion.config import TrainConfig
 
@@ -30,3 +30,18 @@ def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     rest = [p for p in net.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.adam_beta2), fused=True)
+
+
+def clipped_step(optimizer: torch.optim.AdamW, net: nn.Module, loss: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Step with the gradients scaled to a norm of at most `clip`, unless `loss` () or that norm is not finite.
+
+    Returns (gradient norm before scaling, whether the step was taken), both () on the device: the host does not wait.
+    The fused optimiser divides by `grad_scale`, and leaves everything as it is where `found_inf` is 1, as it does for
+    torch.amp.GradScaler.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    taken = loss.isfinite() & norm.isfinite()
+    optimizer.grad_scale = (norm / clip).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    return norm, taken

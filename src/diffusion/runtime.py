@@ -4,10 +4,15 @@ import contextlib
 import ctypes
 import hashlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
+from torch import nn
 
 from diffusion.errors import UserError
+
+# A compilation takes a minute or two: so many steps are needed before faster steps have paid for it.
+COMPILE_STEPS = 2000
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,6 +50,28 @@ def generator(seed: int, purpose: str, index: int = 0, device: torch.device | st
     """A generator whose stream is a function of (seed, purpose, index): no draw depends on what was drawn before."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def use_fast_kernels(device: torch.device) -> None:
+    """CUDA: TF32 for products and convolutions in float32, cuDNN's algorithms chosen by trial. Others: no effect."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def compiled(net: nn.Module, choice: str, device: torch.device, steps: int) -> nn.Module:
+    """`net` behind torch.compile for `auto | on | off`, to be trained for `steps` steps; its parameters are shared.
+
+    auto goes on uncompiled where compiling fails (no C compiler, no Triton).
+    """
+    if choice == "off" or (choice == "auto" and (device.type != "cuda" or steps < COMPILE_STEPS)):
+        return net
+    if choice == "auto":
+        torch._dynamo.config.suppress_errors = True
+    # The default mode, without CUDA graphs: they keep gradients in memory that the next replay overwrites, which does
+    # not go with accumulation or DDP, and at batches that fill a GPU launching kernels is not what takes the time.
+    return cast(nn.Module, torch.compile(net, dynamic=False))
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """The training loop: a generator of records. Progress bar, tracking and previews hang on it from outside."""
 
+import contextlib
 import copy
 import json
 import math
@@ -11,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import checkpoint
 from diffusion.config import TrainedConfig, to_dict
 from diffusion.data import Batches, Dataset, to_tensor
+from diffusion.distributed import ALONE, World
 from diffusion.ema import EMA, ema_decay
-from diffusion.errors import UserError
 from diffusion.loss import Loss
-from diffusion.optim import learning_rate, make_optimizer
+from diffusion.optim import clipped_step, learning_rate, make_optimizer
 from diffusion.provenance import code_digest
-from diffusion.runtime import generator, resolve_precision, seeded
+from diffusion.runtime import compiled, generator, resolve_precision, seeded, use_fast_kernels
 from diffusion.schedules import make_schedule
 from diffusion.unet import UNet
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
 SMOOTHING = 0.9  # of the smoothed loss, a logged row
+# Keys of the train section that say how the same steps are computed: a training may go on with others.
+HOW = ("micro_batch", "compile", "processes")
 
 
 @dataclass
@@ -50,22 +54,40 @@ class Record:
     """What a step was like. `row` and `val_loss` are there on the steps that log and validate."""
 
     step: int  # steps done
-    loss: float
+    device_loss: Tensor  # () on the device; may be of a step that it has not computed yet
     row: dict[str, float] | None = None
     val_loss: float | None = None
 
+    @property
+    def loss(self) -> float:
+        """Loss of the global batch; waits for the device."""
+        return float(self.device_loss)
+
 
 def fingerprint(config: TrainedConfig, data_digest: str) -> str:
-    """Names a training: same params, data and code, same run folder. 16 hex digits."""
-    identity = {"config": to_dict(config), "data": data_digest, "code": code_digest(Path(__file__))}
+    """Names a training: same params (but HOW), data and code, same run folder. 16 hex digits."""
+    tree = to_dict(config)
+    for key in HOW:
+        del tree["train"][key]
+    identity = {"config": tree, "data": data_digest, "code": code_digest(Path(__file__))}
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Trainer:
-    """Network, EMA, optimiser and data of one training, resumed from the newest checkpoint in `folder`."""
+    """Network, EMA, optimiser and data of one training, resumed from the newest checkpoint in rank 0's `folder`.
 
-    def __init__(self, config: TrainedConfig, data: Dataset, folder: Path, device: torch.device) -> None:
-        self.config, self.folder, self.device = config, folder, device
+    The ranks of `world` share each batch. All its numbers (images, flips, t, noise) are functions of seed, step and
+    position in the batch, so that they do not depend on the number of ranks; only dropout's masks do.
+    """
+
+    def __init__(
+        self, config: TrainedConfig, data: Dataset, folder: Path, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.config, self.folder, self.device, self.world = config, folder, device, world
+        self.share = world.share(config.train.batch_size)  # positions in the batch
+        if world.size > config.train.batch_size:
+            world.fail(f"{world.size} processes cannot share train.batch_size = {config.train.batch_size}: raise it")
+        use_fast_kernels(device)
         self.dtype = resolve_precision(config.train.precision, device)
         self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(device)
         with seeded(config.seed, "init", 0, torch.device("cpu")):
@@ -75,35 +97,72 @@ class Trainer:
         self.best = copy.deepcopy(self.ema.net.state_dict())
         self.optimizer = make_optimizer(self.net, config.train)
         self.loss = Loss(self.schedule, config.diffusion.prediction, config.train.loss_weight, self.dtype)
-        self.batches = Batches(data.train, config.train.batch_size, config.seed, flip=config.train.flip, device=device)
+        size, flip = config.train.batch_size, config.train.flip
+        self.batches = Batches(data.train, size, config.seed, flip=flip, device=device, share=self.share)
         self.val = to_tensor(data.val.to(device))
         self.progress = Progress()
+        self.reads_every_step = device.type == "cpu"  # there it costs nothing
+        self._unread: list[Tensor] = []  # [loss, gradient norm] of the steps that `settle` has not seen
         self._recent: list[float] = []
+        self._grad_norm = math.nan
         self._restore()
+        self._parallel = (
+            DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if world.size > 1
+            else None
+        )
+        self._forward = compiled(self._parallel or self.net, config.train.compile, device, config.train.steps)
 
     def step(self) -> Record:
-        """One optimiser step on the batch of `progress.step`; a non-finite loss is counted and not stepped on."""
+        """One optimiser step on the batch of `progress.step`; a non-finite loss is counted and not stepped on.
+
+        Loss and gradient norm stay on the device until `settle`: the host does not wait for a GPU.
+        """
         progress, config = self.progress, self.config.train
         lr = learning_rate(progress.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, grad_norm = self._gradients()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.step()
-            self.ema.update(self.net, ema_decay(progress.step, config.ema_decay))
-            progress.bad_in_a_row = 0
-            self._recent.append(loss)
-        else:
-            progress.skipped += 1
-            progress.bad_in_a_row += 1
+        loss = self._gradients()
+        norm, taken = clipped_step(self.optimizer, self.net, loss, config.grad_clip)
+        decay = ema_decay(progress.step, config.ema_decay)
+        if not self.reads_every_step:
+            self.ema.update_where(taken, self.net, decay)
+        elif taken:
+            self.ema.update(self.net, decay)
+        self._unread.append(torch.stack([loss, norm]))
         progress.step += 1
-        row = self._log(lr, grad_norm) if progress.step % config.log_every == 0 else None
+        if self.reads(progress.step):
+            self.settle()
+        row = self._log(lr) if progress.step % config.log_every == 0 else None
         return Record(progress.step, loss, row)
+
+    def reads(self, step: int) -> bool:
+        """Whether losses are read, and divergence is judged, after `step`: fixed steps, so that a resumed training and
+        all ranks decide alike.
+        """
+        config = self.config.train
+        return (
+            self.reads_every_step or step % MAX_BAD_STEPS == 0 or step % config.log_every == 0 or step == config.steps
+        )
+
+    def settle(self) -> None:
+        """Wait for the device and count the steps since the last call as taken or skipped."""
+        progress = self.progress
+        for loss, norm in torch.stack(self._unread).tolist() if self._unread else []:
+            self._grad_norm = norm
+            if math.isfinite(loss) and math.isfinite(norm):
+                progress.bad_in_a_row = 0
+                self._recent.append(loss)
+            else:
+                progress.skipped += 1
+                progress.bad_in_a_row += 1
+        self._unread = []
 
     def validate(self) -> float:
         """Validation loss of the EMA weights; the best ones are kept."""
         progress = self.progress
-        value = self.loss.validation(self.ema.net, self.val, self.config.seed, 2 * self.config.train.batch_size)
+        size = 2 * len(self.share)
+        value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world)
         progress.val_rows.append({"step": progress.step, "val_loss": value})
         if value < progress.best_val_loss:
             progress.best_step, progress.best_val_loss = progress.step, value
@@ -111,7 +170,10 @@ class Trainer:
         return value
 
     def save(self) -> None:
-        """Checkpoint the state as it is now."""
+        """Checkpoint the state as it is now; all ranks call it, and rank 0 writes."""
+        self.settle()
+        if not self.world.is_main:
+            return
         state = {
             "net": self.net.state_dict(),
             "ema": self.ema.net.state_dict(),
@@ -129,26 +191,47 @@ class Trainer:
         """
         step, rollbacks, skipped = self.progress.step, self.progress.rollbacks + 1, self.progress.skipped
         if rollbacks > MAX_ROLLBACKS:
-            raise UserError(
+            self.world.fail(
                 f"the loss was not finite for {MAX_BAD_STEPS} steps in a row at step {step}, after {MAX_ROLLBACKS} "
                 "rollbacks: lower train.lr or train.grad_clip, or set train.precision: fp32"
             )
         self._restore()
         self.progress.rollbacks, self.progress.skipped, self.progress.bad_in_a_row = rollbacks, skipped, 0
 
-    def _gradients(self) -> tuple[float, float]:
-        """Fill the gradients, clipped; (loss, gradient norm before clipping)."""
-        progress, seed = self.progress, self.config.seed
-        salt = f"/{progress.rollbacks}" if progress.rollbacks else ""
-        source = generator(seed, "train" + salt, progress.step, self.device)
+    def _gradients(self) -> Tensor:
+        """Fill the gradients of the global batch's mean loss, micro-batch by micro-batch; that loss, ()."""
+        step, config, world = self.progress.step, self.config.train, self.world
+        salt = f"/{self.progress.rollbacks}" if self.progress.rollbacks else ""
+        x0, share = self.batches(step), slice(self.share.start, self.share.stop)
+        # Every rank draws the whole batch's numbers, which is cheap, and takes its share of them.
+        drawn = self.loss.draw(x0, config.batch_size, generator(self.config.seed, "train" + salt, step, self.device))
+        t, eps = drawn[0][share], drawn[1][share]
+        total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        with seeded(seed, "dropout" + salt, progress.step, self.device):
-            loss = self.loss.training(self.net, self.batches(progress.step), source)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.train.grad_clip)
-        return float(loss.detach()), float(norm)
+        size = config.micro_batch or len(x0)
+        for start in range(0, len(x0), size):
+            part = slice(start, start + size)
+            with self._reduced(start + size >= len(x0)), self._dropout(salt, share.start + start):
+                mean = self.loss.training(self._forward, x0[part], t[part], eps[part])
+                loss = mean * (len(x0[part]) / config.batch_size)
+                # DDP takes the mean over ranks, whatever their shares: the factor makes it the mean over images.
+                (loss * world.size).backward()
+            total += loss.detach()
+        return world.sum_(total)
 
-    def _log(self, lr: float, grad_norm: float) -> dict[str, float]:
+    def _reduced(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Only the last micro-batch's backward pass sums gradients over the ranks."""
+        if last or self._parallel is None:
+            return contextlib.nullcontext()
+        return self._parallel.no_sync()
+
+    def _dropout(self, salt: str, position: int) -> contextlib.AbstractContextManager[None]:
+        """Dropout's random numbers, by step and position of the first image; nothing to do without dropout."""
+        if not self.config.model.dropout:
+            return contextlib.nullcontext()
+        return seeded(self.config.seed, f"dropout{salt}/{position}", self.progress.step, self.device)
+
+    def _log(self, lr: float) -> dict[str, float]:
         progress = self.progress
         loss = sum(self._recent) / len(self._recent) if self._recent else math.nan
         self._recent = []
@@ -157,22 +240,25 @@ class Trainer:
             "loss": loss,
             "loss_smoothed": smoothed(progress.loss_rows, loss),
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": self._grad_norm,
         }
         progress.loss_rows.append(row)
         return row
 
     def _restore(self) -> None:
-        state = checkpoint.latest(self.folder, self.device)
+        """Take up rank 0's newest checkpoint; the other ranks need not see its folder."""
+        alone = self.world.size == 1
+        state = checkpoint.latest(self.folder, self.device if alone else "cpu") if self.world.is_main else None
+        state = self.world.broadcast(state)
         if state is None:
             self.save()  # a rollback always finds one
             return
         self.net.load_state_dict(state["net"])
         self.ema.net.load_state_dict(state["ema"])
-        self.best = state["best"]
+        self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         values: dict[str, Any] = state["progress"]
-        self._recent = values.pop("recent")
+        self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)
 
 
@@ -197,13 +283,15 @@ def train(trainer: Trainer) -> Iterator[Record]:
     while progress.step < config.steps:
         start = time.perf_counter()
         record = trainer.step()
-        if progress.bad_in_a_row >= MAX_BAD_STEPS:
+        if trainer.reads(progress.step) and progress.bad_in_a_row >= MAX_BAD_STEPS:
             trainer.roll_back()
             progress = trainer.progress
         last = progress.step == config.steps
         if last or progress.step % config.validate_every == 0:
             record.val_loss = trainer.validate()
         progress.seconds += time.perf_counter() - start
-        if last or (progress.step % config.checkpoint_every == 0 and not progress.bad_in_a_row):
-            trainer.save()  # never amid bad steps: a rollback must lead back to before them
+        if last or progress.step % config.checkpoint_every == 0:
+            trainer.settle()
+            if last or not progress.bad_in_a_row:
+                trainer.save()  # never amid bad steps: a rollback must lead back to before them
         yield record
