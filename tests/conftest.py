@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import config
+from diffusion import config, paths
 from diffusion.data import Dataset
 
 REPO = Path(__file__).parent.parent
@@ -71,3 +71,17 @@ def tiny_data() -> Dataset:
     coarse = rng.integers(0, 256, (52, 4, 4, 3), dtype=np.uint8)
     images = torch.from_numpy(coarse.repeat(8, axis=1).repeat(8, axis=2))
     return Dataset(images[:40], images[40:], "tiny")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project folder with downloaded images: 60 for training, 30 for testing."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RUNS", "WEIGHTS", "DOWNLOADS", "MLFLOW_DB", "MLFLOW_ARTIFACTS"):
+        monkeypatch.setattr(paths, name, tmp_path / getattr(paths, name).relative_to(paths.ROOT))
+    rng = np.random.default_rng(0)
+    paths.CIFAR10.mkdir(parents=True)
+    for path, count in ((paths.CIFAR10_TRAIN, 60), (paths.CIFAR10_TEST, 30)):
+        coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(count, dtype=np.uint8) % 10)
+    return tmp_path

@@ -31,20 +31,6 @@ def write_params(recipe: str = "params.yaml", **overrides: Any) -> None:
     YAML().dump(tree, Path("params.yaml"))
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project folder with downloaded images: 60 for training, 30 for testing."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RUNS", "WEIGHTS", "DOWNLOADS", "MLFLOW_DB", "MLFLOW_ARTIFACTS"):
-        monkeypatch.setattr(paths, name, tmp_path / getattr(paths, name).relative_to(paths.ROOT))
-    rng = np.random.default_rng(0)
-    paths.CIFAR10.mkdir(parents=True)
-    for path, count in ((paths.CIFAR10_TRAIN, 60), (paths.CIFAR10_TEST, 30)):
-        coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-        np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(count, dtype=np.uint8) % 10)
-    return tmp_path
-
-
 def run(stage: str, *arguments: str) -> Result:
     return CliRunner().invoke(importlib.import_module(f"stages.{stage}").main, arguments, catch_exceptions=False)
 
@@ -97,7 +83,8 @@ def test_save_png_false_saves_no_png(workspace: Path) -> None:
     assert paths.SAMPLES_NPZ.exists()
 
 
-def start(stage: str) -> subprocess.Popen[str]:
+def start(*module: str) -> subprocess.Popen[str]:
+    """`python -m` module, with its arguments, in this folder."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{REPO}/src:{REPO}",
@@ -105,7 +92,7 @@ def start(stage: str) -> subprocess.Popen[str]:
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", f"stages.{stage}"],
+        [sys.executable, "-m", *module],
         env=environment,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -128,7 +115,7 @@ def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_num
     steps = {"steps": 120, "preview_every": 120, "validate_every": 40, "checkpoint_every": 15}
     write_params(**{f"train.{key}": value for key, value in steps.items()})
     run_all("prepare")
-    process = start("train")
+    process = start("stages.train")
     wait_for_checkpoint(30, process)
     process.send_signal(signal_number)
     err = process.communicate(timeout=60)[1]
@@ -140,7 +127,7 @@ def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_num
     assert "Traceback" not in err
     assert not paths.MODEL.exists()
 
-    again = start("train")
+    again = start("stages.train")
     assert "resuming at step" in again.communicate(timeout=300)[1]
     assert again.returncode == 0
     resumed = load_file(paths.MODEL)
@@ -156,7 +143,7 @@ def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_num
 def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
     write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})
     run_all("prepare")
-    first = start("train")
+    first = start("stages.train")
     try:
         wait_for_checkpoint(3, first)
         result = run("train")

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -106,11 +107,7 @@ class Trainer:
         self._recent: list[float] = []
         self._grad_norm = math.nan
         self._restore()
-        self._parallel = (
-            DistributedDataParallel(self.net, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if world.size > 1
-            else None
-        )
+        self._parallel = data_parallel(self.net) if world.size > 1 else None
         self._forward = compiled(self._parallel or self.net, config.train.compile, device, config.train.steps)
 
     def step(self) -> Record:
@@ -260,6 +257,13 @@ class Trainer:
         values: dict[str, Any] = state["progress"]
         self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)
+
+
+def data_parallel(net: nn.Module) -> DistributedDataParallel:
+    """`net` with gradients that are means over the ranks; its only buffer is a constant table, never synchronised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, 2.11 has no other name
+        return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def smoothed(rows: Sequence[Mapping[str, float]], loss: float) -> float:
