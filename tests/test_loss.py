@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.loss import Loss, min_snr_weight
+from diffusion.loss import TIMESTEPS, Loss, min_snr_weight
 from diffusion.runtime import generator
 from diffusion.schedules import make_schedule
 
@@ -103,3 +103,16 @@ def test_bf16_is_the_networks_alone() -> None:
     value = training(loss, recorder, x0, generator(0, "train"))
     assert recorder.x[0].dtype == torch.float32
     assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["uniform", "stratified"])
+def test_every_timestep_is_equally_likely_at_every_place_of_a_batch(name: str) -> None:
+    draws = torch.stack([TIMESTEPS[name](10, 4, generator(0, "t", i)) for i in range(4000)])
+    counts = torch.stack([draws.eq(t).sum(dim=0) for t in range(10)])  # (t, place)
+    assert counts.sum(dim=0).tolist() == [4000] * 4
+    assert float((counts - 400).abs().max()) < 5 * 400**0.5  # five standard deviations
+
+
+def test_stratified_timesteps_hold_one_of_each_part() -> None:
+    t = TIMESTEPS["stratified"](1000, 8, generator(0, "t"))
+    assert t.div(125, rounding_mode="floor").sort().values.tolist() == list(range(8))

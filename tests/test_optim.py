@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import itertools
 import math
@@ -39,7 +40,7 @@ def test_without_warm_up_the_first_step_has_the_full_rate(train) -> None:
 def test_weight_decay_spares_biases_and_norms(train) -> None:
     """With zero gradients AdamW moves a weight by -lr * decay * weight, and nothing else (Loshchilov & Hutter 2019)."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    optimizer = make_optimizer(net, dataclasses.replace(train, lr=0.1, weight_decay=0.2))
+    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="adamw", lr=0.1, weight_decay=0.2))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -47,6 +48,72 @@ def test_weight_decay_spares_biases_and_norms(train) -> None:
     for name, p in net.named_parameters():
         factor = 1 - 0.1 * 0.2 if name == "0.weight" else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.inner = nn.Conv2d(8, 6, 3)
+        self.dense = nn.Linear(10, 4)
+        self.embed = nn.Linear(4, 8)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_kernels_by_the_nearest_orthogonal_matrix(train, layout: torch.memory_format) -> None:
+    """Of a first gradient G = U S V^T the update is lr * 0.2 sqrt(max side) * U D V^T, D from 0.5 to 1.5 (Jordan 2024)."""
+    torch.manual_seed(0)
+    net = Small().to(memory_format=layout)
+    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="muon", lr=0.1, weight_decay=0.0))
+    before = copy.deepcopy(net)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name, side in (("inner", 72), ("dense", 10)):
+        weight, old = getattr(net, name).weight, getattr(before, name).weight
+        update = (old - weight).detach().flatten(1) / (0.1 * 0.2 * math.sqrt(side))
+        u, _, vh = torch.linalg.svd(weight.grad.flatten(1), full_matrices=False)
+        inside = u.T @ update @ vh.T
+        assert bool(((inside.diag() > 0.5) & (inside.diag() < 1.5)).all())
+        torch.testing.assert_close(inside, torch.diag(inside.diag()), rtol=0, atol=0.05)  # bf16 inside
+
+
+def test_the_outer_layers_and_biases_are_adamws(train) -> None:
+    """AdamW's first step moves every entry by lr in the gradient's sign."""
+    torch.manual_seed(0)
+    net = Small()
+    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="muon", lr=0.1, weight_decay=0.0))
+    before = copy.deepcopy(net)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for name in ("stem.weight", "stem.bias", "inner.bias", "embed.weight"):
+        new, old = net.get_parameter(name), before.get_parameter(name)
+        torch.testing.assert_close(new, old - 0.1 * new.grad.sign(), rtol=0, atol=1e-5)
+
+
+def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped(train) -> None:
+    config = dataclasses.replace(train, optimizer="muon", lr=0.1)
+    torch.manual_seed(0)
+    net = Small().to(memory_format=torch.channels_last)
+    optimizer = make_optimizer(net, config)
+    gradients = [[torch.randn_like(p) for p in net.parameters()] for _ in range(4)]
+
+    def steps(net: nn.Module, optimizer, these) -> None:
+        for gradient in these:
+            for p, g in zip(net.parameters(), gradient, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(net, optimizer, gradients[:2])
+    other = copy.deepcopy(net)
+    resumed = make_optimizer(other, config)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(net, optimizer, gradients[2:])
+    steps(other, resumed, gradients[2:])
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_ema_is_the_weighted_sum_of_all_weights() -> None:

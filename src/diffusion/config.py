@@ -58,6 +58,7 @@ class ModelConfig:
     num_blocks: Annotated[int, Range(1, 8)]
     attention_resolutions: tuple[Annotated[int, Range(1, 32)], ...]
     head_channels: Annotated[int, Range(8, 1024)] | None
+    upsample: Literal["conv", "shuffle"]
     norm_groups: Annotated[int, Range(1, 128)]
     dropout: Fraction
 
@@ -66,6 +67,7 @@ class ModelConfig:
 class TrainConfig:
     steps: Count
     batch_size: Annotated[int, Range(1, 65_536)]
+    optimizer: Literal["adamw", "muon"]
     lr: Annotated[float, Range(1e-8, 1.0)]
     lr_schedule: Literal["constant", "cosine", "linear"]
     warmup_steps: CountOrOff
@@ -74,6 +76,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Range(1e-6, 1e6)]
     ema_decay: Annotated[float, Range(0.0, 0.999999)]
     loss_weight: Literal["simple", "min_snr"]
+    timesteps: Literal["uniform", "stratified"]
     flip: bool
     device: Device
     precision: Precision

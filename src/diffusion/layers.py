@@ -96,6 +96,20 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+class SubPixelUpsample(nn.Module):
+    """1x1 convolution, then pixel shuffle (Shi et al. 2016); (B, C, H, W) -> (B, C', 2H, 2W).
+
+    A small fraction of Upsample's arithmetic, which at full width is the dearest layer of the network.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, 4 * channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
 

@@ -97,7 +97,8 @@ class Trainer:
         self.ema = EMA(self.net)
         self.best = copy.deepcopy(self.ema.net.state_dict())
         self.optimizer = make_optimizer(self.net, config.train)
-        self.loss = Loss(self.schedule, config.diffusion.prediction, config.train.loss_weight, self.dtype)
+        weight, timesteps = config.train.loss_weight, config.train.timesteps
+        self.loss = Loss(self.schedule, config.diffusion.prediction, weight, self.dtype, timesteps)
         size, flip = config.train.batch_size, config.train.flip
         self.batches = Batches(data.train, size, config.seed, flip=flip, device=device, share=self.share)
         self.val = to_tensor(data.val.to(device))

@@ -9,6 +9,7 @@ from diffusion.layers import (
     Downsample,
     ResidualBlock,
     SelfAttention,
+    SubPixelUpsample,
     TimestepEmbedding,
     Upsample,
     conv3x3,
@@ -67,7 +68,11 @@ class UNet(nn.Module):
                 self.up.append(block(channels + skips.pop(), level_channels, size))
                 channels = level_channels
             if level > 0:
-                self.up.append(Upsample(channels))
+                if config.upsample == "shuffle":
+                    self.up.append(SubPixelUpsample(channels, levels[level - 1]))
+                    channels = levels[level - 1]
+                else:
+                    self.up.append(Upsample(channels))
                 size *= 2
 
         self.norm = group_norm(channels, config.norm_groups)
