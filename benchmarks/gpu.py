@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         more_images=arguments.more_images,
     )
     keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # for ours and peers alike: every shape comes back thousands of times
     stop_on_signals()
     session.run("machine", lambda part: measure_machine(part, device))
     session.run("speed", lambda part: measure_training(part, timed, data, arguments.batch_sizes, device))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_session import Part
-from gpu_speed import compile_net, compile_training, release, synchronize
+from gpu_speed import compile_net, release, synchronize, with_compile
 
 from diffusion import images, sampling
 from diffusion.config import Params, TrainedConfig, schema, to_dict, trained
@@ -58,7 +58,7 @@ class Task:
 
 def train_to_deadline(part: Part, task: Task) -> None:
     """Train for the time that sampling and scoring leave; the learning rate's schedule ends with it."""
-    config = trained(compile_training(task.params, task.device.type == "cuda"))
+    config = trained(with_compile(task.params, "train", task.device.type == "cuda"))
     folder = task.folder / "large/runs" / fingerprint(config, task.data.digest)
     trainer = Trainer(config, task.data, folder, task.device)
     if task.device.type == "cuda" and "train.compile" not in schema():

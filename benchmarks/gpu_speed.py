@@ -35,6 +35,7 @@ TURNS = 5
 TURN_SECONDS = 1.0  # of a contestant's turn, at least
 WARM_UP = 3
 EVALUATIONS = 20  # of a sampling run
+SAMPLING_BATCH = 512  # if the recipe leaves it open
 
 Build = Callable[[], peers.Step]
 
@@ -74,16 +75,16 @@ def measure_training(part: Part, params: Params, data: Dataset, batch_sizes: lis
             compete(part, entry, contestants, batch_size, "images/s", device)
         release(device)
         if matmul:
-            for found in entry.values():
-                rate = found.get("images/s", 0.0)
-                found["share_of_matmul_rate"] = round(rate * 3 * flops / matmul / 1e12, 4)
+            for found in (f for f in entry.values() if "images/s" in f):
+                found["share_of_matmul_rate"] = round(found["images/s"] * 3 * flops / matmul / 1e12, 4)
         part.keep()
         longest = max(longest, time.monotonic() - start)
 
 
 def measure_sampling(part: Part, params: Params, device: torch.device) -> None:
     """Network evaluations of one image a second while sampling with DDIM."""
-    batch_size = params.sample.batch_size
+    batch_size = params.sample.batch_size or SAMPLING_BATCH
+    params = dataclasses.replace(params, sample=dataclasses.replace(params.sample, batch_size=batch_size))
     entry: dict[str, Any] = {}
     part.keep(batch_size=batch_size, evaluations_per_image=EVALUATIONS, contestants=entry)
     ours = partial(_our_sampling, params, device)
@@ -138,11 +139,11 @@ def forward_flops(model: ModelConfig) -> float:
     return float(counter.get_total_flops())
 
 
-def compile_training(params: Params, wanted: bool) -> Params:
-    """`params` with train.compile as `wanted`, if there is such a key."""
-    if "train.compile" not in schema():
+def with_compile(params: Params, section: str, wanted: bool) -> Params:
+    """`params` with train.compile or sample.compile as `wanted`, if there is such a key."""
+    if f"{section}.compile" not in schema():
         return params
-    return with_choice(params, "train.compile", ("on", "true") if wanted else ("off", "false"))
+    return with_choice(params, f"{section}.compile", ("on", "true") if wanted else ("off", "false"))
 
 
 def compile_net(net: torch.nn.Module) -> None:
@@ -187,7 +188,7 @@ def _present(contestants: Mapping[str, Build]) -> Mapping[str, Build]:
 
 
 def _our_training(params: Params, data: Dataset, folder: Path, device: torch.device, *, compiled: bool) -> peers.Step:
-    trainer = Trainer(trained(compile_training(params, compiled)), data, folder, device)
+    trainer = Trainer(trained(with_compile(params, "train", compiled)), data, folder, device)
     if compiled and "train.compile" not in schema():
         compile_net(trainer.net)
     return lambda: _ignore(trainer.step())
@@ -199,7 +200,8 @@ def _our_sampling(
     net = UNet(params.model).to(device).eval().requires_grad_(False)
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
-    if compiled:
+    params = with_compile(params, "sample", compiled)
+    if compiled and "sample.compile" not in schema():
         compile_net(net)
     schedule = make_schedule(params.diffusion.schedule, params.diffusion.num_steps).to(device)
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)

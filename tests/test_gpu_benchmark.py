@@ -1,0 +1,282 @@
+"""benchmarks/gpu.py: its params reader against the pipeline's, its figures, and the whole command on a bare machine."""
+
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY
+from ruamel.yaml import YAML
+from torch import nn
+
+from diffusion import config, sampling
+from diffusion.data import Dataset
+from diffusion.errors import UserError
+from diffusion.evaluation import make_reference, moments_of
+from diffusion.export import load_model
+from diffusion.features import EfficientNetLite0
+from diffusion.metrics import frechet_distance
+from diffusion.optim import learning_rate
+from diffusion.parameterization import Denoiser
+from diffusion.schedules import make_schedule
+from diffusion.training import Trainer
+from diffusion.unet import UNet
+
+ABSENT = ["pydantic", "pydantic_core", "ruamel", "click", "mlflow", "dvc", "optuna", "matplotlib"]
+ABSENT += ["requests", "urllib3"]
+RECIPES = [REPO / "params.yaml", *sorted(REPO.glob("params/*.yaml"))]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Import a module of benchmarks/ as its scripts do."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_params_are_what_the_pipeline_reads(load_script: Any, path: Path) -> None:
+    assert load_script("gpu_params").load(path) == config.load(path)
+
+
+def test_settings_are_typed_by_the_schema(load_script: Any) -> None:
+    """2e-4 and off, which YAML 1.1 takes for a text and a truth value, among them."""
+    texts = ["train.lr=2e-4", "model.multipliers=[1, 2]", "evaluate.inception=off", "model.head_channels=null"]
+    values: dict[str, object] = {
+        "train.lr": 2e-4,
+        "model.multipliers": [1, 2],
+        "evaluate.inception": "off",
+        "model.head_channels": None,
+    }
+    path = REPO / "params/gpu.yaml"
+    assert load_script("gpu_params").load(path, texts) == config.load(path, values)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.lrr=1", "train.lrr is an unknown key"),
+        ("train.lr=5", "from 1e-08 to 1"),
+        ("train.lr=fast", "train.lr = 'fast'"),
+        ("train.steps=2.5", "a whole number"),
+        ("train.flip=perhaps", "true or false"),
+        ("diffusion.schedule=cosin", "linear, cosine, sigmoid"),
+        ("tune.lr=[1e-3]", "tune.lr"),
+    ],
+)
+def test_a_bad_setting_is_refused(load_script: Any, setting: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_script("gpu_params").load(REPO / "params/gpu.yaml", [setting])
+
+
+def test_the_gpu_recipe_has_the_papers_size() -> None:
+    """Four heads instead of one, no dropout: neither has weights."""
+    model = config.load(REPO / "params/gpu.yaml").model
+    assert sum(p.numel() for p in UNet(model).parameters()) == 35_746_307
+
+
+def test_flops_are_those_of_the_layers(load_script: Any, tiny: Any) -> None:
+    """Two a multiplication: convolutions, linear layers and attention's two products, counted by hooks."""
+    model = tiny().model
+    net, counted = UNet(model), 0
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal counted
+        if isinstance(layer, nn.Conv2d):
+            counted += 2 * output.numel() * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+        elif isinstance(layer, nn.Linear):
+            counted += 2 * output.numel() * layer.in_features
+        else:  # attention over H W positions: q k^T, then weights v
+            counted += 2 * 2 * output.shape[1] * (output.shape[2] * output.shape[3]) ** 2
+
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) or type(layer).__name__ == "SelfAttention":
+            layer.register_forward_hook(count)
+    net(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.long))
+    assert load_script("gpu_speed").forward_flops(model) == counted
+
+
+def test_the_papers_network_costs_what_is_published(load_script: Any) -> None:
+    """6.1 GMACs: Fang et al. 2023 (Structural pruning for diffusion models), table 1."""
+    model = config.load(REPO / "params/paper.yaml").model
+    assert load_script("gpu_speed").forward_flops(model) == pytest.approx(2 * 6.1e9, rel=0.02)
+
+
+def test_diffusers_network_is_as_large(load_script: Any) -> None:
+    pytest.importorskip("diffusers")
+    net = load_script("gpu_peers").diffusers_unet(config.load(REPO / "params/paper.yaml").model)
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+
+
+def test_the_plain_loop_learns(load_script: Any, tiny: Any, tiny_data: Dataset) -> None:
+    """A contestant that does not train would be no measure: the zeroed head must move."""
+    params = tiny(**{"model.patch_size": 1})
+    nets: list[nn.Module] = []
+    with pytest.MonkeyPatch.context() as patch:
+        peers = load_script("gpu_peers")
+        patch.setattr(peers, "UNet", lambda model: nets.append(UNet(model)) or nets[-1])
+        step = peers.plain_training(params.model, params.train, tiny_data.train, CPU, torch.float32)
+    step()
+    assert nets[0].head.weight.detach().abs().sum() > 0
+
+
+def test_compiling_in_place_changes_neither_names_nor_losses(
+    load_script: Any, tiny: Any, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    losses, names = [], []
+    for compiled in (False, True):
+        trainer = Trainer(config.trained(tiny()), tiny_data, tmp_path / str(compiled), CPU)
+        if compiled:
+            trainer.net.compile(dynamic=False, backend="eager")
+        losses.append([float(trainer.step().loss) for _ in range(4)])
+        names.append((list(trainer.net.state_dict()), list(trainer.ema.net.state_dict())))
+    assert losses[0] == losses[1]
+    assert names[0] == names[1]
+
+
+def test_fitted_steps_end_the_learning_rate_and_leave_the_warm_up(load_script: Any, tiny: Any) -> None:
+    before = config.trained(tiny(**{"train.lr": 1e-3, "train.warmup_steps": 10, "train.lr_schedule": "linear"}))
+    after = load_script("gpu_quality").with_steps(before, 110)
+    assert [learning_rate(s, after.train) for s in range(10)] == [learning_rate(s, before.train) for s in range(10)]
+    assert learning_rate(109, after.train) == pytest.approx(1e-3 / 100)
+    assert dataclasses.replace(after, train=before.train) == before
+
+
+def test_a_part_that_fails_is_recorded_and_the_next_has_the_time(load_script: Any, tmp_path: Path) -> None:
+    session_module = load_script("gpu_session")
+    session = session_module.Session(100.0, tmp_path / "out", ["machine", "train", "samples"])
+    given: dict[str, float] = {}
+
+    def fail(part: Any) -> None:
+        part.keep(measured=1)
+        raise ValueError("out of order")
+
+    session.run("machine", fail)
+    session.run("speed", fail)  # not selected
+    for name in ("train", "samples"):
+        session.run(name, lambda part: given.update({part.name: part.seconds}))
+    parts = json.loads((tmp_path / "out/result.json").read_text())["parts"]
+    assert list(parts) == ["machine", "train", "samples"]
+    assert parts["machine"]["measured"] == 1
+    assert parts["machine"]["status"] == "failed"
+    assert parts["machine"]["error"] == "ValueError: out of order"
+    assert parts["samples"]["status"] == "done"
+    weights = session_module.WEIGHTS
+    expected = 100 * weights["train"] / (weights["train"] + weights["samples"])
+    assert given["train"] == pytest.approx(expected, rel=0.05)
+    assert given["samples"] == pytest.approx(100, rel=0.05)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start gpu.py on 60 small images, with every package that the GPU machine lacks made unimportable."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "train.npz", images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(60, dtype=np.uint8) % 10)
+    tiny = {**TINY, "sample.batch_size": 12, "train.log_every": 1}
+    YAML().dump(config.to_dict(config.load(REPO / "params/gpu.yaml", tiny)), tmp_path / "tiny.yaml")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {ABSENT}:\n"
+        "            raise ModuleNotFoundError(f'{name} is absent by the test', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        files = ["--data", "train.npz", "--out", "out", "--params", "tiny.yaml", "--speed-params", "tiny.yaml"]
+        return subprocess.Popen(
+            [sys.executable, str(REPO / "benchmarks/gpu.py"), *files, "--batch-sizes", "4", *arguments],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO / 'src'}", "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def library_samples(model: Path) -> np.ndarray:
+    """The 12 images that the library makes of `model` with the shrunk recipe."""
+    net, trained = load_model(model)
+    schedule = make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps)
+    params = config.load(REPO / "params/gpu.yaml", {**TINY, "sample.batch_size": 12})
+    denoiser = Denoiser(net, schedule, trained.diffusion.prediction, clip_x0=params.sample.clip_x0)
+    return np.concatenate([b.numpy() for b in sampling.generate(denoiser, params.sample, params.seed, range(12), CPU)])
+
+
+@pytest.mark.slow
+def test_the_whole_command_needs_none_of_the_services(
+    command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    output = command("--seconds", "20", "--more-images", "20").communicate(timeout=300)[0]
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert {name: part["status"] for name, part in result["parts"].items()} == dict.fromkeys(
+        ["machine", "speed", "sampling", "train", "samples"], "done"
+    ), output
+    contestants = result["parts"]["speed"]["batches"]["4"]
+    assert contestants["ours"]["images/s"] > 0
+    assert result["parts"]["sampling"]["contestants"]["ours"]["evaluations/s"] > 0
+
+    training = result["parts"]["train"]
+    with (tmp_path / "out/loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert training["steps"] == len(rows) == int(rows[-1]["step"])
+    assert training["images_seen"] == 4 * len(rows)
+    card = json.loads((tmp_path / "out/card.json").read_text())
+    if "time is up before the last step" not in output:
+        assert card["config"]["train"]["steps"] == training["steps"]  # the schedule ended with the steps
+
+    with np.load(tmp_path / "out/images_00000.npz") as archive:
+        samples = archive["images"]
+    np.testing.assert_array_equal(samples, library_samples(tmp_path / "out/large/model.safetensors"))
+    with np.load(tmp_path / "train.npz") as archive:
+        real = archive["images"][:20]
+    reference = make_reference(real, "train", EfficientNetLite0(), 10, CPU)
+    found = moments_of(samples, EfficientNetLite0(), 10, CPU, "samples")
+    expected = frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
+    assert result["parts"]["samples"]["scores"]["fd_lite0_12"]["value"] == pytest.approx(expected, rel=1e-6)
+    assert "fid" in result["parts"]["samples"]["skipped"]
+    assert (tmp_path / "out/grid.png").stat().st_size > 500
+
+
+@pytest.mark.slow
+def test_a_stopped_command_keeps_its_model(command: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    process = command("--seconds", "600", "--parts", "machine", "train", "samples")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "first step" in line:
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, rest
+    parts = json.loads((tmp_path / "out/result.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {"machine": "done", "train": "stopped"}
+    assert parts["train"]["steps"] > 0
+    assert library_samples(tmp_path / "out/large/model.safetensors").shape == (12, 32, 32, 3)
+
+
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    command: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    process = command("--set", "train.lrr=1")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2
+    assert output == "error: tiny.yaml: train.lrr is an unknown key\n"
+    assert not (tmp_path / "out").exists()
