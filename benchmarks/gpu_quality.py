@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,9 @@ from gpu_speed import compile_net, release, synchronize, with_compile
 from diffusion import images, sampling
 from diffusion.config import Params, TrainedConfig, schema, to_dict, trained
 from diffusion.data import Dataset
-from diffusion.evaluation import make_reference, moments_of
 from diffusion.export import load_model, save_model
 from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.metrics import frechet_distance
+from diffusion.metrics import Moments, frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import resolve_precision
 from diffusion.schedules import make_schedule
@@ -58,6 +56,7 @@ class Task:
 
 def train_to_deadline(part: Part, task: Task) -> None:
     """Train for the time that sampling and scoring leave; the learning rate's schedule ends with it."""
+    torch._dynamo.config.suppress_errors = True  # go on uncompiled rather than not at all
     config = trained(with_compile(task.params, "train", task.device.type == "cuda"))
     folder = task.folder / "large/runs" / fingerprint(config, task.data.digest)
     trainer = Trainer(config, task.data, folder, task.device)
@@ -73,9 +72,10 @@ def train_to_deadline(part: Part, task: Task) -> None:
 
 def sample_and_score(part: Part, task: Task) -> None:
     """Sample and score `sample.num_images`; if there is time, go on to `more_images` and score again."""
+    torch._dynamo.config.suppress_errors = True
     net, config = load_model(task.model)
-    extractors = _extractors(part, task)
-    references: dict[str, Any] = {}
+    extractors: list[Extractor] | None = None
+    references: dict[str, Moments] = {}
     drawn: list[np.ndarray] = []
     first, rate = task.params.sample.num_images, math.nan
     denoiser = _denoiser(net, config, task)
@@ -88,6 +88,7 @@ def sample_and_score(part: Part, task: Task) -> None:
         rate = _draw(part, task, denoiser, drawn, count, reserve=scoring)
         found = np.concatenate(drawn)
         _write_samples(part, task, found)
+        extractors = _extractors(part, task) if extractors is None else extractors
         for extractor in extractors:
             _score(part, task, extractor, found, references)
     release(task.device)
@@ -119,21 +120,25 @@ def _loop(part: Part, trainer: Trainer, task: Task) -> None:
             break
         trainer.config = with_steps(trainer.config, done + max(1, int(left * rate)))
         if last_fit - last_save > max(save_every, 25 * save_seconds):
-            trainer.validate()
-            trainer.save()
-            _write_curves(trainer, task.folder)
+            _checkpoint(part, trainer, task, rate * batch_size)
             last_save = time.monotonic()
             save_seconds = last_save - last_fit
-            part.keep(**_progress(trainer, rate * batch_size))
-            rows = trainer.progress.loss_rows
-            loss = f"loss {rows[-1]['loss_smoothed']:.4f}, " if rows else ""
-            part.say(
-                f"step {done} of {trainer.config.train.steps}, {loss}validation "
-                f"{trainer.progress.val_rows[-1]['val_loss']:.4f}, {rate * batch_size:.0f} images/s"
-            )
     synchronize(task.device)
     seconds = time.monotonic() - mark[0]
     part.keep(images_per_second=round((trainer.progress.step - mark[1]) * batch_size / max(seconds, 1e-9), 1))
+
+
+def _checkpoint(part: Part, trainer: Trainer, task: Task, images_per_second: float) -> None:
+    """Validate, save, and say how it goes."""
+    value = trainer.validate()
+    if not trainer.progress.bad_in_a_row:  # a rollback must lead back to before the bad steps
+        trainer.save()
+    _write_curves(trainer, task.folder)
+    part.keep(**_progress(trainer, images_per_second))
+    rows = trainer.progress.loss_rows
+    loss = f"loss {rows[-1]['loss_smoothed']:.4f}, " if rows else ""
+    steps = f"step {trainer.progress.step} of {trainer.config.train.steps}"
+    part.say(f"{steps}, {loss}validation {value:.4f}, {images_per_second:.0f} images/s")
 
 
 def with_steps(config: TrainedConfig, steps: int) -> TrainedConfig:
@@ -263,16 +268,25 @@ def _extractors(part: Part, task: Task) -> list[Extractor]:
     return found
 
 
-def _score(part: Part, task: Task, extractor: Extractor, drawn: np.ndarray, references: dict[str, Any]) -> None:
-    """Put the score of `drawn` under a name that holds its count, with all that it depends on."""
-    config, device = task.params.evaluate, task.device
-    name = extractor.metric
+def _score(part: Part, task: Task, extractor: Extractor, drawn: np.ndarray, references: dict[str, Moments]) -> None:
+    """Keep the score of `drawn` under a name that holds its count, with what it depends on."""
+    config, name = task.params.evaluate, extractor.metric
     if name not in references:
         count = config.inception_images if name == "fid" else config.reference_images
-        references[name] = make_reference(task.images[:count], "train", extractor, config.batch_size, device)
-    reference = references[name]
-    found = moments_of(drawn, extractor, config.batch_size, device, name)
+        references[name] = _moments(task.images[:count], extractor, config.batch_size, task.device)
+    reference, found = references[name], _moments(drawn, extractor, config.batch_size, task.device)
     value = frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
-    about = {"value": value, "samples": len(drawn), "reference": json.loads(json.dumps(reference.key))}
-    part.keep(scores={**part.entry["scores"], f"{name}_{len(drawn)}": about})
-    part.say(f"{name} of {len(drawn)} images against train[:{reference.key['images']}]: {value:.3f}")
+    real = f"train[:{reference.count}]"
+    about = {"value": value, "samples": found.count, "reference": real, "extractor": extractor.describe()}
+    part.keep(scores={**part.entry["scores"], f"{name}_{found.count}": about})
+    part.say(f"{name} of {found.count} images against {real}: {value:.3f}")
+
+
+def _moments(images: np.ndarray, extractor: Extractor, batch_size: int, device: torch.device) -> Moments:
+    """Moments of the features of uint8 (N, H, W, 3) images (evaluation.moments_of imports click)."""
+    extractor.to(device)
+    moments = Moments(extractor.dim)
+    for start in range(0, len(images), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size]).to(device)
+        moments.update(extractor(batch.permute(0, 3, 1, 2)))
+    return moments

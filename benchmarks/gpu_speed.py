@@ -74,6 +74,7 @@ def measure_training(part: Part, params: Params, data: Dataset, batch_sizes: lis
             contestants = _training_contestants(params, data, batch_size, Path(folder), device)
             compete(part, entry, contestants, batch_size, "images/s", device)
         release(device)
+        part.keep(tf32={"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.get_float32_matmul_precision()})
         if matmul:
             for found in (f for f in entry.values() if "images/s" in f):
                 found["share_of_matmul_rate"] = round(found["images/s"] * 3 * flops / matmul / 1e12, 4)

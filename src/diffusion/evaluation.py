@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -175,8 +176,6 @@ def load_samples(path: Path) -> np.ndarray:
 
 def _extractors(config: EvaluateConfig) -> list[Extractor]:
     """fd_lite0's always; Inception's as `evaluate.inception` says."""
-    import click  # here: benchmarks/gpu.py scores without it
-
     extractors: list[Extractor] = [EfficientNetLite0()]
     if config.inception == "off":
         return extractors
