@@ -261,7 +261,10 @@ def _extractors(part: Part, task: Task) -> list[Extractor]:
     elif find_spec("torch_fidelity") is None:
         missing["fid"] = "the package torch-fidelity is not there"
     else:
-        found.append(Inception(task.inception_weights))
+        inception = Inception(task.inception_weights)
+        found.append(inception)
+        if not inception.published:
+            part.say("these are not the 2015-12-05 weights: the fid is comparable with no published number")
     part.keep(skipped=missing, scores={})
     for name, reason in missing.items():
         part.say(f"{name} is skipped: {reason}")

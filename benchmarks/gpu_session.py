@@ -18,7 +18,10 @@ class Stopped(BaseException):
 
 
 class Session:
-    """Deadline, selected parts and result of one run; `folder`/result.json is whole at any time."""
+    """Deadline, selected parts and result of one run; `folder`/result.json is whole at any time.
+
+    Parts that an earlier run left in it stay until they are done again.
+    """
 
     def __init__(self, seconds: float, folder: Path, parts: list[str]) -> None:
         self.start = time.monotonic()
@@ -26,7 +29,9 @@ class Session:
         self.seconds = seconds
         self.folder = folder
         self.todo = [name for name in WEIGHTS if name in parts]
-        self.result: dict[str, Any] = {"seconds": seconds, "parts": {}}
+        before = folder / "result.json"
+        parts_before = json.loads(before.read_text())["parts"] if before.exists() else {}
+        self.result: dict[str, Any] = {"seconds": seconds, "parts": parts_before}
 
     def left(self) -> float:
         """Seconds to the end of the run."""

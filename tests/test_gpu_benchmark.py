@@ -174,6 +174,11 @@ def test_a_part_that_fails_is_recorded_and_the_next_has_the_time(load_script: An
     assert parts["machine"]["status"] == "failed"
     assert parts["machine"]["error"] == "ValueError: out of order"
     assert parts["samples"]["status"] == "done"
+    again = session_module.Session(100.0, tmp_path / "out", ["machine"])
+    again.run("machine", lambda part: None)
+    parts = json.loads((tmp_path / "out/result.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(parts, "done")
+    assert len(parts) == 3
     weights = session_module.WEIGHTS
     expected = 100 * weights["train"] / (weights["train"] + weights["samples"])
     assert given["train"] == pytest.approx(expected, rel=0.05)
