@@ -43,7 +43,7 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"model.multipliers": [1, 0]}, ["model.multipliers", "1 to 16"]),
         ({"model.multipliers": []}, ["model.multipliers"]),
         ({"model.multipliers": [1, 1, 1, 1, 1, 1, 1]}, ["model.multipliers", "32 pixels"]),
-        ({"model.head_channels": 48}, ["model.head_channels = 48", "divide"]),
+        ({"model.head_channels": 40}, ["model.head_channels = 40", "divide"]),
         ({"sample.steps": 5000}, ["sample.steps = 5000", "diffusion.num_steps"]),
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
         ({"data.sources": []}, ["data.sources"]),

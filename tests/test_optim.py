@@ -61,7 +61,7 @@ class Small(nn.Module):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_moves_kernels_by_the_nearest_orthogonal_matrix(train, layout: torch.memory_format) -> None:
-    """Of a first gradient G = U S V^T the update is lr * 0.2 sqrt(max side) * U D V^T, D from 0.5 to 1.5 (Jordan 2024)."""
+    """Of a first gradient G = U S V^T the update is lr * 0.2 sqrt(longer side) * U D V^T, D about 1 (Jordan 2024)."""
     torch.manual_seed(0)
     net = Small().to(memory_format=layout)
     optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="muon", lr=0.1, weight_decay=0.0))
