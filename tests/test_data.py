@@ -94,3 +94,11 @@ def test_flips_mirror_half_of_the_images_left_to_right() -> None:
             assert image.equal(original) != image.equal(mirrored)
             flipped += int(image.equal(mirrored))
     assert 900 < flipped < 1100  # 2,000 fair coins: 4.5 standard deviations
+
+
+def test_shares_of_a_batch_are_parts_of_the_whole() -> None:
+    images = numbered(30)
+    whole = data.Batches(images, 7, seed=3, flip=True, device=CPU)
+    parts = [data.Batches(images, 7, seed=3, flip=True, device=CPU, share=s) for s in (range(3), range(3, 7))]
+    for step in range(10):
+        assert torch.cat([part(step) for part in parts]).equal(whole(step))

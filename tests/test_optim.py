@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion.ema import EMA, ema_decay
-from diffusion.optim import learning_rate, make_optimizer
+from diffusion.optim import clipped_step, learning_rate, make_optimizer
 
 
 @pytest.fixture
@@ -135,3 +135,52 @@ def test_ema_warms_up_so_that_the_random_start_is_soon_forgotten() -> None:
     assert ema_decay(10**9, 0.9999) == 0.9999
     share_of_start = math.prod(ema_decay(step, 0.9999) for step in range(100))
     assert share_of_start < 1e-9  # without the warm-up: 0.99
+
+
+def test_ema_on_the_device_equals_the_hosts() -> None:
+    net = nn.Linear(3, 2)
+    host, device = EMA(net), EMA(net)
+    for step in range(20):
+        with torch.no_grad():
+            net.weight.add_(torch.randn(2, 3))
+        taken = step % 3 != 1
+        if taken:
+            host.update(net, 0.8)
+        device.update_where(torch.tensor(taken), net, 0.8)
+        torch.testing.assert_close(device.net.weight, host.net.weight)
+
+
+def test_a_clipped_step_is_torchs_own_and_a_bad_one_is_none(train) -> None:
+    """clip_grad_norm_ and an unfused AdamW by hand; loss or gradient not finite: nothing moves, not even the count."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    twin = copy.deepcopy(net)
+    optimizer = make_optimizer(net, train)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [twin[0].weight], "weight_decay": train.weight_decay},
+            {"params": [twin[0].bias, *twin[1].parameters()]},
+        ],
+        lr=train.lr,
+        betas=(0.9, train.adam_beta2),
+        weight_decay=0.0,
+        fused=False,
+    )
+    for step in range(6):
+        scale = 100.0 if step % 2 else 0.01
+        gradients = [scale * torch.randn_like(p) for p in net.parameters()]
+        loss, bad = torch.tensor(1.0), step in (2, 3)
+        for p, q, gradient in zip(net.parameters(), twin.parameters(), gradients, strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        if step == 2:
+            net[0].weight.grad[0, 0, 0, 0] = math.inf
+        if step == 3:
+            loss = torch.tensor(math.nan)
+        norm, taken = clipped_step(optimizer, net, loss, clip=1.5)
+        assert bool(taken) != bad
+        if not bad:
+            torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twin.parameters(), 1.5))
+            plain.step()
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
