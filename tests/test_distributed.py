@@ -197,11 +197,12 @@ def children(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("starter", ["train.processes", "torchrun"])
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
-    workspace: Path, starter: str
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, starter: str
 ) -> None:
     """Two processes, one SIGKILLed: all start again, and end in the weights of two that were let alone, bit for bit."""
     write_params(**LONG, **{"train.processes": 2 if starter == "train.processes" else 1})
     run_all("prepare")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the README says
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m"]
     process = start(*([] if starter == "train.processes" else torchrun), "stages.train")
     wait_for_checkpoint(30, process)

@@ -21,7 +21,7 @@ from diffusion.runtime import resolve_device
 
 # Rank 0 alone draws previews and writes outputs while the others wait in a collective.
 TIMEOUT = datetime.timedelta(minutes=30)
-STOP_SECONDS = 300  # for a worker to end its step and save, once it was asked to stop
+STOP_SECONDS = 120  # for a worker to end its step and save, once it was asked to stop
 RESTARTS = 3  # of `launch`, after workers that something outside killed
 
 Result = TypeVar("Result")
