@@ -1,4 +1,7 @@
+import click
+
 from diffusion.config import Params
+from diffusion.distributed import is_worker, launch
 from diffusion.draw import draw
 from stages import stage
 
@@ -6,7 +9,11 @@ from stages import stage
 @stage
 def main(params: Params) -> None:
     """Generate images from noise with the trained model; save every one in samples/."""
-    draw(params)
+    if params.sample.processes > 1 and not is_worker():
+        arguments = ["--params", str(click.get_current_context().params["params"])]
+        launch(params.sample.processes, "stages.sample", arguments)
+    else:
+        draw(params)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ CountOrOff = Annotated[int, Range(0, 10**9)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
+Processes = Annotated[int, Range(1, 64)]
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,10 @@ class SampleConfig:
     variance: Literal["fixed_small", "fixed_large"]
     clip_x0: bool
     num_images: Count
-    batch_size: Annotated[int, Range(1, 65_536)]
+    batch_size: Annotated[int, Range(1, 65_536)] | None
+    compile: Compile
     save_png: bool
+    processes: Processes
     device: Device
     precision: Precision
 
@@ -124,6 +128,7 @@ class EvaluateConfig:
     inception_weights: str | None
     inception_images: Annotated[int, Range(2, 10**9)]
     batch_size: Annotated[int, Range(1, 65_536)]
+    processes: Processes
     device: Device
 
 

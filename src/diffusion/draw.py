@@ -1,65 +1,180 @@
-"""The sample stage: N images from the trained model, every one saved, with a grid and a denoising strip."""
+"""The sample stage: N images from the trained model, every one saved, with a grid and a denoising strip.
 
+Finished batches are kept in runs/<fingerprint of the model>/samples-<identity>/ until all are there, so that a stopped
+stage goes on; several processes share the batches, and each saves its own.
+"""
+
+import contextlib
+import hashlib
 import json
+import math
+import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import images, paths, sampling, tracking
-from diffusion.config import Params, flat, to_dict
+from diffusion.background import Background
+from diffusion.config import Params, SampleConfig, flat, to_dict
+from diffusion.distributed import World, joined
+from diffusion.errors import UserError
 from diffusion.export import load_model, read_card
+from diffusion.journal import NullTracker, Tracker
 from diffusion.parameterization import Denoiser
-from diffusion.runtime import keep_freed_memory, resolve_device, resolve_precision
+from diffusion.parts import Parts, missing
+from diffusion.provenance import code_digest
+from diffusion.runtime import keep_freed_memory, resolve_precision
 from diffusion.schedules import make_schedule
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
 STRIP_COLUMNS = 11
+NOT_IN_IMAGES = ("batch_size", "save_png", "processes")  # keys of params.yaml that no image depends on
+PNG = paths.SAMPLES / "png"
 
 
 def draw(params: Params) -> None:
     """Write samples/: images.npz, card.json, grid.png, denoising.png and, if `sample.save_png`, png/00000.png ...
 
     Raises:
-        UserError: there is no usable model, or the device is not on this machine.
+        UserError: there is no usable model, another process is at this, the device is not on this machine or too
+            small for one image, or a file cannot be written.
+        KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); finished batches were saved first.
     """
-    card = read_card(paths.MODEL)
-    tracker = tracking.attach(
-        params.tracking, card["run_id"], stage="sample", journal=paths.RUNS / card["fingerprint"] / "journal.jsonl"
-    )
-    with tracking.closing_status(tracker):
-        tracker.params(flat(params.sample, "sample"))
-        start = time.perf_counter()
-        _draw(params, card)
-        seconds = time.perf_counter() - start
-        tracker.metrics({"sample/seconds": seconds, "sample/num_images": params.sample.num_images}, card["step"])
-        for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png"):
-            tracker.artifact(picture, "samples")
+    with joined(params.sample.device) as (world, device):
+        card = world.together(lambda: read_card(paths.MODEL))
+        run = paths.RUNS / card["fingerprint"]
+        tracker: Tracker = NullTracker()
+        if world.is_main:
+            journal = run / "journal.jsonl"
+            tracker = tracking.attach(params.tracking, card["run_id"], stage="sample", journal=journal)
+        with tracking.closing_status(tracker):
+            tracker.params(flat(params.sample, "sample"))
+            start = time.perf_counter()
+            try:
+                _draw(params, card, run, world, device)
+            except KeyboardInterrupt:
+                if not world.is_main:
+                    sys.exit(130)
+                raise KeyboardInterrupt("stopped; finished batches are kept, `dvc repro` goes on from there") from None
+            seconds = time.perf_counter() - start
+            tracker.metrics({"sample/seconds": seconds, "sample/num_images": params.sample.num_images}, card["step"])
+            for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png"):
+                tracker.artifact(picture, "samples")
 
 
-def _draw(params: Params, card: dict[str, Any]) -> None:
-    config = params.sample
-    device = resolve_device(config.device)
+def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
+    """16 hex digits that name all that the images depend on: model, params, seed, arithmetic and code."""
+    with paths.MODEL.open("rb") as file:
+        model = hashlib.file_digest(file, "sha256").hexdigest()
+    known = {
+        "sample": {key: value for key, value in to_dict(params.sample).items() if key not in NOT_IN_IMAGES},
+        "seed": params.seed,
+        "device": device.type,
+        "precision": str(denoiser.dtype),
+        "model": model,
+        "code": code_digest(Path(sampling.__file__)),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def only_sampler(folder: Path) -> Iterator[None]:
+    """Keep a second process from drawing the same set: a killed `dvc` leaves its stage running.
+
+    Raises:
+        UserError: there is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(f"another process ({pid}) is drawing these samples: wait for it, or stop it") from None
+    with lock:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
+
+
+def _draw(params: Params, card: dict[str, Any], run: Path, world: World, device: torch.device) -> None:
     keep_freed_memory()
+    denoiser = world.together(lambda: _load(params.sample, device))
+    parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
+    with contextlib.ExitStack() as held:
+        world.together(lambda: held.enter_context(only_sampler(parts.folder)) if world.is_main else None)
+        _draw_parts(params, denoiser, parts, world, device)
+        if world.is_main:
+            _write_outputs(params, denoiser, parts.collect(params.sample.num_images), card, device)
+            parts.remove()
+
+
+def _load(config: SampleConfig, device: torch.device) -> Denoiser:
     net, trained = load_model(paths.MODEL)
-    denoiser = Denoiser(
+    return Denoiser(
         net.to(device),
         make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps).to(device),
         trained.diffusion.prediction,
         dtype=resolve_precision(config.precision, device),
         clip_x0=config.clip_x0,
     )
-    batches = []
-    bar = tqdm(total=config.num_images, unit=" images", desc="sample", mininterval=0.5 if sys.stderr.isatty() else 30)
-    with bar:
-        for batch in sampling.generate(denoiser, config, params.seed, range(config.num_images), device):
-            batches.append(batch.numpy())
-            bar.update(len(batch))
-    drawn = np.concatenate(batches)
 
+
+def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, device: torch.device) -> None:
+    """Draw what `parts` lacks, this rank its share of the batches; all ranks are done when it returns."""
+    config = params.sample
+    share = math.ceil(config.num_images / world.size)
+    sizes = world.gather(world.together(lambda: sampling.batch_size(denoiser, config, share, device)))
+    size, todo = world.broadcast((min(sizes), _missing(config, parts, min(sizes))) if sizes else None)
+    mine = [todo[i] for i in world.share(len(todo))]
+    drawing = world.together(
+        lambda: sampling.Drawing(denoiser, config, params.seed, device, size=size, images=sum(map(len, mine)))
+    )
+
+    def keep(indices: range, drawn: Callable[[], Tensor]) -> None:
+        array = drawn().numpy()
+        parts.save(indices, array)
+        if config.save_png:
+            images.save_all(array, PNG, first=indices.start)
+        bar.update(len(indices))
+
+    def work() -> None:
+        with Background(keep) as background:
+            for indices, drawn in drawing.batches(mine):
+                background.put(indices, drawn)
+
+    pace = 0.5 if sys.stderr.isatty() else 30
+    name = "sample" if world.size == 1 else f"sample (1 of {world.size} processes)"
+    with tqdm(total=sum(map(len, mine)), unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
+        world.together(work)
+
+
+def _missing(config: SampleConfig, parts: Parts, size: int) -> list[range]:
+    """The batches that are still to be drawn. PNG files are made anew: DVC has deleted those of a stopped stage."""
+    images.remove_numbered(PNG)
+    done = []
+    for indices, array in parts.found():
+        done.append(indices)
+        if config.save_png:
+            images.save_all(array, PNG, first=indices.start)
+    if done:
+        print(f"resuming: {sum(map(len, done))} of {config.num_images} images are done", file=sys.stderr)
+    return [batch for gap in missing(done, config.num_images) for batch in sampling.cut(gap, size)]
+
+
+def _write_outputs(
+    params: Params, denoiser: Denoiser, drawn: np.ndarray, card: dict[str, Any], device: torch.device
+) -> None:
+    """images.npz, its card, the grid and the strip."""
+    config = params.sample
     paths.SAMPLES.mkdir(parents=True, exist_ok=True)
     np.savez(paths.SAMPLES_NPZ, images=drawn)
     about = {
@@ -74,5 +189,3 @@ def _draw(params: Params, card: dict[str, Any]) -> None:
     shown = range(min(STRIP_IMAGES, config.num_images))
     strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
     images.save_png(images.strip(strip.numpy(), scale=2), paths.SAMPLES / "denoising.png")
-    if config.save_png:
-        images.save_all(drawn, paths.SAMPLES / "png")

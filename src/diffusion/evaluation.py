@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
 from diffusion.data import UNREADABLE, load_images, read_npz
+from diffusion.distributed import ALONE, World, joined
 from diffusion.errors import UserError
 from diffusion.features import (
     INCEPTION_FILE,
@@ -65,23 +66,57 @@ class Reference:
         return reference
 
 
-def moments_of(images: np.ndarray, extractor: Extractor, batch_size: int, device: torch.device, what: str) -> Moments:
-    """Moments of the features of uint8 (N, H, W, 3) images, with a progress bar called `what`."""
-    moments = Moments(extractor.dim)
+def moments_of(
+    images: np.ndarray,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    world: World = ALONE,
+) -> Moments:
+    """Moments of the features of uint8 (N, H, W, 3) images, with a progress bar called `what`.
+
+    The ranks of `world` share the batches; each returns the moments of all of them, equal to a single process's but for
+    float64 rounding, because every image is in the same batch.
+
+    Raises:
+        UserError: a feature is not finite.
+    """
     extractor.to(device)
-    with tqdm(total=len(images), unit=" images", desc=what, mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-            moments.update(extractor(_nchw(batch)))
+    parts = world.gather(world.together(lambda: _moments(images, extractor, batch_size, device, what, world)))
+    if parts:
+        for other in parts[1:]:
+            parts[0].merge(other)
+    merged: Moments = world.broadcast(parts and parts[0])
+    return merged
+
+
+def _moments(
+    images: np.ndarray, extractor: Extractor, batch_size: int, device: torch.device, what: str, world: World
+) -> Moments:
+    """Moments of this rank's share of the batches."""
+    moments = Moments(extractor.dim)
+    count = -(-len(images) // batch_size)
+    mine = [images[k * batch_size : (k + 1) * batch_size] for k in world.share(count)]
+    pace = 0.5 if sys.stderr.isatty() else 30
+    name = what if world.size == 1 else f"{what} (1 of {world.size} processes)"
+    with tqdm(total=sum(map(len, mine)), unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
+        for batch in mine:
+            moments.update(extractor(_nchw(torch.from_numpy(batch).to(device))))
             bar.update(len(batch))
     return moments
 
 
 def make_reference(
-    images: np.ndarray, split: str, extractor: Extractor, batch_size: int, device: torch.device
+    images: np.ndarray,
+    split: str,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Reference:
-    """Reference of all `images`, which are the first of `split`."""
-    moments = moments_of(images, extractor, batch_size, device, f"reference {extractor.metric}")
+    """Reference of all `images`, which are the first of `split`; the ranks of `world` share the work."""
+    moments = moments_of(images, extractor, batch_size, device, f"reference {extractor.metric}", world)
     key = {
         "split": split,
         "images": len(images),
@@ -101,17 +136,19 @@ def write_references(params: Params, folder: Path = paths.REFERENCE) -> None:
             its weights cannot be had.
     """
     config = params.evaluate
-    device = resolve_device(config.device)
     keep_freed_memory()
-    images, _ = load_images({"train": paths.CIFAR10_TRAIN, "test": paths.CIFAR10_TEST}[config.reference_split])
-    extractors = _extractors(config)
-    for extractor in extractors:
-        _check_counts(config, extractor, len(images))
-    (folder / "fid.npz").unlink(missing_ok=True)
-    for extractor in extractors:
-        chosen = images[: reference_images(config, extractor)]
-        reference = make_reference(chosen, config.reference_split, extractor, config.batch_size, device)
-        reference.save(folder / f"{extractor.metric}.npz")
+    with joined(config.device) as (world, device):
+        source = {"train": paths.CIFAR10_TRAIN, "test": paths.CIFAR10_TEST}[config.reference_split]
+        images, _ = world.together(lambda: load_images(source))
+        weights = world.broadcast(world.together(lambda: _inception_weights(config) if world.is_main else None))
+        extractors = world.together(lambda: _extractors(config, weights, len(images), speak=world.is_main))
+        if world.is_main:
+            (folder / "fid.npz").unlink(missing_ok=True)
+        for extractor in extractors:
+            chosen = images[: reference_images(config, extractor)]
+            reference = make_reference(chosen, config.reference_split, extractor, config.batch_size, device, world)
+            if world.is_main:
+                reference.save(folder / f"{extractor.metric}.npz")
 
 
 def reference_images(config: EvaluateConfig, extractor: Extractor) -> int:
@@ -119,8 +156,10 @@ def reference_images(config: EvaluateConfig, extractor: Extractor) -> int:
     return config.inception_images if isinstance(extractor, Inception) else config.reference_images
 
 
-def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE) -> dict[str, Any]:
-    """Distances of the images in `samples` (npz) to the references in `folder`.
+def evaluate(
+    params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE, world: World = ALONE
+) -> dict[str, Any]:
+    """Distances of the images in `samples` (npz) to the references in `folder`; the ranks of `world` share the work.
 
     {"fd_lite0": value, "fid": value if there is a reference for it, "about": [{"metric": its name, ...}, ...]};
     `about` says how the samples were made and is copied beside each number. No FID with `evaluate.inception: off`.
@@ -129,32 +168,20 @@ def evaluate(params: Params, samples: Path, about: Mapping[str, Any], folder: Pa
         UserError: the samples are not uint8 32x32 RGB images or too few, or a reference does not fit.
     """
     config = params.evaluate
-    device = resolve_device(config.device)
+    device = resolve_device(config.device)  # "cuda" is the GPU of this rank
     keep_freed_memory()
-    images = load_samples(samples)
-    extractors: list[Extractor] = [EfficientNetLite0()]
-    if config.inception == "require" or (config.inception == "auto" and (folder / "fid.npz").exists()):
-        if len(images) < Inception.dim:
-            raise UserError(
-                f"FID needs at least {Inception.dim} samples and there are {len(images)}: raise sample.num_images, or "
-                "set evaluate.inception: off"
-            )
-        extractors.append(Inception(_weights_again(config)))
-    references = [
-        Reference.load(
-            folder / f"{e.metric}.npz", e.describe(), split=config.reference_split, images=reference_images(config, e)
-        )
-        for e in extractors
-    ]
+    images, judges = world.together(lambda: _judges(config, samples, folder))
     result: dict[str, Any] = {"about": []}  # a list: `dvc metrics` shows the numbers alone
-    for extractor, reference in zip(extractors, references, strict=True):
+    for extractor, reference in judges:
         chosen = images[: config.inception_images] if isinstance(extractor, Inception) else images
-        moments = moments_of(chosen, extractor, config.batch_size, device, extractor.metric)
-        result[extractor.metric] = frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+        moments = moments_of(chosen, extractor, config.batch_size, device, extractor.metric, world)
+        if world.is_main:  # the distance is one process's work
+            result[extractor.metric] = frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
         result["about"].append(
             {"metric": extractor.metric, "samples": len(chosen), "reference": reference.key, **about}
         )
-    return result
+    shared: dict[str, Any] = world.broadcast(result)
+    return shared
 
 
 def load_samples(path: Path) -> np.ndarray:
@@ -174,26 +201,57 @@ def load_samples(path: Path) -> np.ndarray:
     return images
 
 
-def _extractors(config: EvaluateConfig) -> list[Extractor]:
-    """fd_lite0's always; Inception's as `evaluate.inception` says."""
+def _judges(
+    config: EvaluateConfig, samples: Path, folder: Path
+) -> tuple[np.ndarray, list[tuple[Extractor, Reference]]]:
+    """The samples, and with what they are scored."""
+    images = load_samples(samples)
     extractors: list[Extractor] = [EfficientNetLite0()]
+    if config.inception == "require" or (config.inception == "auto" and (folder / "fid.npz").exists()):
+        if len(images) < Inception.dim:
+            raise UserError(
+                f"FID needs at least {Inception.dim} samples and there are {len(images)}: raise sample.num_images, or "
+                "set evaluate.inception: off"
+            )
+        extractors.append(Inception(_weights_again(config)))
+    references = [
+        Reference.load(
+            folder / f"{e.metric}.npz", e.describe(), split=config.reference_split, images=reference_images(config, e)
+        )
+        for e in extractors
+    ]
+    return images, list(zip(extractors, references, strict=True))
+
+
+def _inception_weights(config: EvaluateConfig) -> Path | None:
+    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none."""
     if config.inception == "off":
-        return extractors
+        return None
     try:
-        inception = Inception(find_inception_weights(config))
+        return find_inception_weights(config)
     except WeightsUnavailableError as error:
         place = f"put {INCEPTION_FILE} into {paths.WEIGHTS}"
         if config.inception == "require":
             raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {place}") from None
         skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place}, {AGAIN}, then `dvc repro`"
         click.secho(skipped, fg="yellow", bold=True, err=True)
-        return extractors
-    if not inception.published:
-        other = (
-            f"evaluate.inception_weights = {config.inception_weights}: not the 2015-12-05 weights, so this `fid` is "
-        )
-        click.secho(other + "comparable with no published number", fg="yellow", bold=True, err=True)
-    return [*extractors, inception]
+        return None
+
+
+def _extractors(config: EvaluateConfig, weights: Path | None, available: int, *, speak: bool) -> list[Extractor]:
+    """fd_lite0's always, Inception's if there are weights; for references from `available` images."""
+    extractors: list[Extractor] = [EfficientNetLite0()]
+    if weights:
+        inception = Inception(weights)
+        if speak and not inception.published:
+            mine = (
+                f"evaluate.inception_weights = {config.inception_weights}: not the 2015-12-05 weights, so this `fid` "
+            )
+            click.secho(mine + "is comparable with no published number", fg="yellow", bold=True, err=True)
+        extractors.append(inception)
+    for extractor in extractors:
+        _check_counts(config, extractor, available)
+    return extractors
 
 
 def _check_counts(config: EvaluateConfig, extractor: Extractor, available: int) -> None:

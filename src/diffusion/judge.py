@@ -5,7 +5,9 @@ from typing import Any
 
 from diffusion import evaluation, paths, tracking
 from diffusion.config import Params, flat
+from diffusion.distributed import joined
 from diffusion.errors import UserError
+from diffusion.journal import NullTracker, Tracker
 
 
 def judge(params: Params) -> None:
@@ -14,18 +16,25 @@ def judge(params: Params) -> None:
     Raises:
         UserError: samples or references are missing or unfit.
     """
-    about = _read_card()
-    tracker = tracking.attach(
-        params.tracking, about["run_id"], stage="evaluate", journal=paths.RUNS / about["fingerprint"] / "journal.jsonl"
-    )
-    with tracking.closing_status(tracker):
-        tracker.params(flat(params.evaluate, "evaluate"))
-        result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about)
-        paths.EVALUATE_METRICS.parent.mkdir(parents=True, exist_ok=True)
-        paths.EVALUATE_METRICS.write_text(json.dumps(result, indent=2) + "\n")
-        scores = {name: value for name, value in result.items() if name != "about"}
-        tracker.metrics({f"evaluate/{name}": value for name, value in scores.items()}, about["step"])
-        tracker.artifact(paths.EVALUATE_METRICS)
+    with joined(params.evaluate.device) as (world, _):
+        about = world.together(_read_card)
+        tracker: Tracker = NullTracker()
+        if world.is_main:
+            journal = paths.RUNS / about["fingerprint"] / "journal.jsonl"
+            tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal)
+        with tracking.closing_status(tracker):
+            tracker.params(flat(params.evaluate, "evaluate"))
+            result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
+            if world.is_main:
+                _report(result, about["step"], tracker)
+
+
+def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
+    paths.EVALUATE_METRICS.parent.mkdir(parents=True, exist_ok=True)
+    paths.EVALUATE_METRICS.write_text(json.dumps(result, indent=2) + "\n")
+    scores = {name: value for name, value in result.items() if name != "about"}
+    tracker.metrics({f"evaluate/{name}": value for name, value in scores.items()}, step)
+    tracker.artifact(paths.EVALUATE_METRICS)
     print("  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 

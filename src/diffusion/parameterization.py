@@ -3,6 +3,7 @@
 With a = sqrt(alpha-bar_t) and s = sqrt(1 - alpha-bar_t): x_t = a x0 + s eps (Ho et al. 2020, eq. 4).
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -59,6 +60,12 @@ class Denoiser:
         self.parameterization = PARAMETERIZATIONS[prediction]
         self.dtype = dtype
         self.clip_x0 = clip_x0
+
+    def compiled(self) -> "Denoiser":
+        """The same with its network compiled, anew for every batch shape: give it one."""
+        other = copy.copy(self)
+        other.net = torch.compile(self.net, dynamic=False)  # type: ignore[assignment]
+        return other
 
     @torch.inference_mode()
     def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:

@@ -22,7 +22,9 @@ def preview_config(config: TrainConfig) -> SampleConfig:
         clip_x0=True,
         num_images=config.preview_images,
         batch_size=config.preview_images,
+        compile="off",
         save_png=False,
+        processes=1,
         device=config.device,
         precision=config.precision,
     )

@@ -34,10 +34,10 @@ def ddpm(
 ) -> Iterator[Tensor]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on a respaced chain when steps are left out."""
     x = x_T
-    for t, s in _pairs(timesteps, x):
+    for t, s, last in _pairs(timesteps, x):
         mean, small = posterior_mean_variance(schedule, denoise(x, t).x0, x, t, s)
         sigma2 = small if variance == "fixed_small" else column(1.0 - schedule.alpha_bar(t) / schedule.alpha_bar(s), x)
-        x = mean if int(s[0]) < 0 else mean + sigma2.sqrt() * _draw(noise, x)
+        x = mean if last else mean + sigma2.sqrt() * _draw(noise, x)
         yield x
 
 
@@ -52,12 +52,12 @@ def ddim(
 ) -> Iterator[Tensor]:
     """Song et al. 2021 (DDIM), eqs. 12 and 16."""
     x = x_T
-    for t, s in _pairs(timesteps, x):
+    for t, s, last in _pairs(timesteps, x):
         alpha_bar_t, alpha_bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
         sigma2 = eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
         x0, eps = denoise(x, t)
         x = column(alpha_bar_s.sqrt(), x) * x0 + column((1 - alpha_bar_s - sigma2).clamp(min=0).sqrt(), x) * eps
-        if eta > 0 and int(s[0]) >= 0:
+        if eta > 0 and not last:
             x = x + column(sigma2.sqrt(), x) * _draw(noise, x)
         yield x
 
@@ -72,11 +72,13 @@ def configured(config: SampleConfig) -> Callable[..., Iterator[Tensor]]:
     return partial(sampler, **{name: getattr(config, name) for name in options if name != "noise"})
 
 
-def _pairs(timesteps: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(t, s) as int64 (B,): each step and the next one; -1 after the last."""
-    steps = [*timesteps.tolist(), -1]
-    for t, s in itertools.pairwise(steps):
-        yield tuple(torch.full((len(x),), step, device=x.device) for step in (t, s))  # type: ignore[misc]
+def _pairs(timesteps: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """(t, s, is it the last) with int64 (B,) t and s: each step and the next one, -1 after the last.
+
+    The flag is Python's: reading s back from a GPU would wait for it.
+    """
+    for t, s in itertools.pairwise([*timesteps.tolist(), -1]):
+        yield torch.full((len(x),), t, device=x.device), torch.full((len(x),), s, device=x.device), s < 0
 
 
 def _draw(noise: Noise | None, x: Tensor) -> Tensor:
