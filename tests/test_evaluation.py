@@ -9,6 +9,7 @@ import torch
 
 from diffusion import evaluation, features, paths
 from diffusion.config import Params
+from diffusion.distributed import World
 from diffusion.errors import UserError
 from diffusion.evaluation import Reference, evaluate, load_samples, make_reference, moments_of, write_references
 
@@ -39,6 +40,20 @@ def test_moments_are_those_of_all_images(batch_size: int) -> None:
     rows = images.reshape(30, -1, 3).mean(axis=1)
     np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(found.cov, np.cov(rows, rowvar=False), rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_moments_of_shares_are_those_of_one_process(size: int) -> None:
+    """A share is made of whole batches: the features are the same bits, only float64 sums are in another order."""
+    images = pictures(45)
+    extractor = features.EfficientNetLite0()
+    whole = moments_of(images[:45], extractor, 7, CPU, "test")
+    shares = [evaluation._moments(images, extractor, 7, CPU, "test", World(rank, size, rank)) for rank in range(size)]
+    assert sum(share.count for share in shares) == 45
+    for other in shares[1:]:
+        shares[0].merge(other)
+    np.testing.assert_allclose(shares[0].mean, whole.mean, rtol=1e-10, atol=1e-12)
+    assert np.abs(shares[0].cov - whole.cov).max() <= 1e-10 * np.abs(whole.cov).max()
 
 
 def test_a_reference_comes_back_and_knows_its_extractor(tmp_path: Path) -> None:

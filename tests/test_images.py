@@ -51,10 +51,21 @@ def test_every_saved_file_decodes_to_its_image(tmp_path: Path, channels: int) ->
         np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(8, 6, channels), picture)
 
 
-def test_a_smaller_set_leaves_nothing_of_the_larger_one(tmp_path: Path) -> None:
-    images.save_all(filled(1, 2, 3), tmp_path)
-    images.save_all(filled(4), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["00000.png"]
+def test_a_later_batch_has_later_numbers_and_only_numbered_files_are_removed(tmp_path: Path) -> None:
+    images.save_all(filled(1, 2), tmp_path)
+    images.save_all(filled(3, 4), tmp_path, first=99_999)
+    (tmp_path / "mine.png").touch()
+    assert np.asarray(Image.open(tmp_path / "100000.png"))[0, 0, 0] == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "00000.png",
+        "00001.png",
+        "100000.png",
+        "99999.png",
+        "mine.png",
+    ]
+    images.remove_numbered(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.png"]
+    images.remove_numbered(tmp_path / "none")
 
 
 def test_equal_pixels_are_equal_bytes(tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import sampling
 from diffusion.config import trained
 from diffusion.errors import UserError
 from diffusion.export import load_model, save_model
-from diffusion.parameterization import Denoiser
+from diffusion.parameterization import Denoiser, Prediction
 from diffusion.schedules import make_schedule
 from diffusion.unet import UNet
 
@@ -92,3 +94,99 @@ def test_an_unusable_model_is_one_line(tiny, tmp_path: Path, damage: str) -> Non
     with pytest.raises(UserError) as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
+
+
+class Small(Denoiser):
+    """A device whose memory holds `most` images."""
+
+    most = 3
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Prediction:
+        if len(x_t) > self.most:
+            raise torch.OutOfMemoryError("no")
+        self.largest = max(len(x_t), getattr(self, "largest", 0))
+        return super().__call__(x_t, t)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddim"}, {"sampler": "ddpm"}], ids=str)
+def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
+    config = dataclasses.replace(tiny().sample, batch_size=10, **options)
+    small = Small(denoiser.net, denoiser.schedule, "v", clip_x0=True)
+    drawing = sampling.Drawing(small, config, 7, CPU, size=10, images=13)
+    drawn = list(drawing.batches([range(10), range(10, 13)]))
+    assert [i for indices, _ in drawn for i in indices] == list(range(13))
+    assert drawing.size == small.largest == 3
+    alone = torch.cat(list(sampling.generate(denoiser, dataclasses.replace(config, batch_size=3), 7, range(13), CPU)))
+    found = torch.cat([images() for _, images in drawn])
+    assert int((found.int() - alone.int()).abs().max()) <= 1  # float rounding may differ between batch shapes
+    small.most = 0
+    with pytest.raises(UserError, match="not fit"):
+        list(drawing.batches([range(2)]))
+
+
+def test_null_makes_batches_of_about_equal_size(tiny, denoiser: Denoiser) -> None:
+    config = dataclasses.replace(tiny().sample, batch_size=None)
+    for images in (1, 7, 255, 256, 257, 2000, 2048):
+        size = sampling.batch_size(denoiser, config, images, CPU)
+        lengths = [len(batch) for batch in sampling.cut(range(images), size)]
+        assert max(lengths) <= 256
+        assert len(lengths) == -(-images // 256)
+        assert max(lengths) - min(lengths) < len(lengths)
+    assert sampling.batch_size(denoiser, dataclasses.replace(config, batch_size=100), 30, CPU) == 30
+
+
+def test_a_compiled_network_sees_one_shape(tiny, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch is filled up; the images are those of the network itself."""
+    shapes = []
+
+    def compiler(net: torch.nn.Module, **_: object):
+        def run(x: Tensor, t: Tensor) -> Tensor:
+            shapes.append((x.shape, x.stride()))
+            return net(x, t)
+
+        return run
+
+    config = dataclasses.replace(tiny().sample, batch_size=5, steps=3)
+    plain = torch.cat(list(sampling.generate(denoiser, config, 7, range(12), CPU)))
+    monkeypatch.setattr(torch, "compile", compiler)
+    on = dataclasses.replace(config, compile="on")
+    compiled = torch.cat(list(sampling.generate(denoiser, on, 7, range(12), CPU)))
+    assert len(shapes) == 1 + 3 * 3
+    assert len(set(shapes)) == 1
+    assert int((compiled.int() - plain.int()).abs().max()) <= 1
+    assert compiled.shape == plain.shape
+
+
+def test_a_compiler_that_fails_is_an_error_only_if_it_must_work(
+    tiny, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(x: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("no C compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", lambda net, **_: fail)
+    on = dataclasses.replace(tiny().sample, compile="on")
+    with pytest.raises(UserError, match=r"sample\.compile is on and compiling fails here \(no C compiler found\)"):
+        list(sampling.generate(denoiser, on, 0, range(2), CPU))
+    assert sampling._compiled(denoiser, 2, CPU, must=False) is None
+    assert "not compiled (no C compiler found)" in capsys.readouterr().err
+
+
+class Reads(TorchDispatchMode):
+    """Counts the times that a value is handed from a tensor to Python: each would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "ddpm"}], ids=str)
+def test_the_steps_read_nothing_back(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
+    config = dataclasses.replace(tiny().sample, **options)
+    with Reads() as reads:
+        for _ in sampling.trajectory(denoiser, config, 0, range(2), CPU):
+            pass
+        assert reads.count == 0
+        float(torch.zeros(1))
+    assert reads.count == 1

@@ -40,28 +40,32 @@ def standard_normals(
         for i in images:
             torch.randn(buffer.shape[1:], generator=sources[i], out=buffer[i])
 
-    def start(steps: int, pool: ThreadPoolExecutor | None) -> tuple[Tensor, list[Future[None]]]:
-        buffer = torch.empty(len(sources), steps, row, pin_memory=device.type == "cuda")
-        if pool:
-            return buffer, [pool.submit(fill, buffer, range(k, len(sources), threads)) for k in range(threads)]
-        fill(buffer, range(len(sources)))
-        return buffer, []
+    def buffer_of(steps: int) -> Tensor:
+        return torch.empty(len(sources), steps, row, pin_memory=device.type == "cuda")
 
-    def steps_of(drawn: tuple[Tensor, list[Future[None]]]) -> Iterator[Tensor]:
-        buffer, jobs = drawn
-        for job in jobs:
-            job.result()
+    def steps_of(buffer: Tensor) -> Iterator[Tensor]:
         rows = buffer.to(device, non_blocking=True)[:, :, : math.prod(shape)]
         for step in rows.unbind(1):
             yield step.reshape(len(sources), *shape).contiguous(memory_format=torch.channels_last)
 
-    if not threads:
-        while True:
-            yield from steps_of(start(1, None))
+    while not threads:
+        buffer = buffer_of(1)
+        fill(buffer, range(len(sources)))
+        yield from steps_of(buffer)
     with ThreadPoolExecutor(threads) as pool:
-        yield from steps_of(start(1, pool))
-        drawn = start(ahead, pool)
+
+        def start(steps: int) -> tuple[Tensor, list[Future[None]]]:
+            buffer = buffer_of(steps)
+            return buffer, [pool.submit(fill, buffer, range(k, len(sources), threads)) for k in range(threads)]
+
+        def finish(buffer: Tensor, jobs: list[Future[None]]) -> Tensor:
+            for job in jobs:
+                job.result()
+            return buffer
+
+        yield from steps_of(finish(*start(1)))
+        begun = start(ahead)
         while True:
-            following = start(ahead, pool)
-            yield from steps_of(drawn)
-            drawn = following
+            ready = finish(*begun)  # before the next is begun: an image's generator is one thread's at a time
+            begun = start(ahead)
+            yield from steps_of(ready)

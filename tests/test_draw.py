@@ -1,0 +1,193 @@
+"""The sample stage: what it keeps of a stopped one, how it fails, and that processes share it to the same bits."""
+
+import errno
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+from test_stages import run, run_all, start, workspace, write_params  # noqa: F401  # a fixture
+
+from diffusion import paths, sampling
+from diffusion.parts import Parts
+
+OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
+
+
+@pytest.fixture
+def trained(workspace: Path) -> Path:  # noqa: F811
+    write_params(**OVERRIDES)
+    run_all("prepare", "train")
+    return workspace
+
+
+def samples() -> np.ndarray:
+    with np.load(paths.SAMPLES_NPZ) as archive:
+        return archive["images"]
+
+
+def png_files_are(images: np.ndarray) -> None:
+    assert len(list((paths.SAMPLES / "png").iterdir())) == len(images)
+    for i, image in enumerate(images):
+        np.testing.assert_array_equal(np.asarray(Image.open(paths.SAMPLES / f"png/{i:05d}.png")), image)
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """Notes the batches that are drawn; raises `error` in the place of batch number `at`."""
+    seen: dict[str, object] = {"drawn": [], "at": None, "error": None}
+    draw = sampling.Drawing._draw
+
+    def noting(self: sampling.Drawing, part: range) -> object:
+        if len(seen["drawn"]) == seen["at"]:  # type: ignore[arg-type]
+            raise seen["error"]  # type: ignore[misc]
+        seen["drawn"].append(part)  # type: ignore[attr-defined]
+        return draw(self, part)
+
+    monkeypatch.setattr(sampling.Drawing, "_draw", noting)
+    return seen  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("driver lost")], ids=["stopped", "crashed"])
+def test_a_stopped_sampling_goes_on_to_the_same_images(
+    trained: Path, batches: dict[str, object], error: BaseException
+) -> None:
+    run_all("sample")
+    whole, strip = samples(), (paths.SAMPLES / "denoising.png").read_bytes()
+    assert batches["drawn"] == [range(4), range(4, 8), range(8, 12), range(12, 14)]
+    paths.SAMPLES_NPZ.unlink()
+
+    batches |= {"drawn": [], "at": 3, "error": error}
+    if isinstance(error, KeyboardInterrupt):
+        result = run("sample")
+        assert result.exit_code == 130
+        assert result.output.endswith("finished batches are kept, `dvc repro` goes on from there\n")
+        assert len([*paths.RUNS.glob("*/samples-*/*.npz")]) == 3
+    else:
+        with pytest.raises(RuntimeError, match="driver lost"):
+            run("sample")
+    assert not paths.SAMPLES_NPZ.exists()
+    kept = len([*paths.RUNS.glob("*/samples-*/*.npz")])
+
+    batches |= {"drawn": [], "at": None}
+    result = run("sample")
+    assert result.exit_code == 0
+    assert f"resuming: {4 * kept} of 14 images are done" in result.output
+    assert batches["drawn"] == [range(4), range(4, 8), range(8, 12), range(12, 14)][kept:]
+    np.testing.assert_array_equal(samples(), whole)
+    png_files_are(whole)
+    assert (paths.SAMPLES / "denoising.png").read_bytes() == strip
+    assert not [*paths.RUNS.glob("*/samples-*")]
+
+
+@pytest.mark.parametrize(
+    "change", [{"sample.steps": 3}, {"seed": 1}, {"sample.clip_x0": False}, {"sample.num_images": 10}], ids=str
+)
+def test_what_other_params_left_is_not_used(
+    trained: Path, batches: dict[str, object], change: dict[str, object]
+) -> None:
+    batches |= {"at": 2, "error": KeyboardInterrupt()}
+    assert run("sample").exit_code == 130
+    batches |= {"drawn": [], "at": None}
+    write_params(**OVERRIDES | change)
+    assert "resuming" not in run("sample").output
+    assert batches["drawn"][0] == range(4)  # type: ignore[index]
+
+
+def test_another_batch_size_goes_on_with_what_is_there(trained: Path, batches: dict[str, object]) -> None:
+    batches |= {"at": 2, "error": KeyboardInterrupt()}
+    assert run("sample").exit_code == 130
+    batches |= {"drawn": [], "at": None}
+    write_params(**OVERRIDES | {"sample.batch_size": 3, "sample.save_png": False})
+    assert "resuming: 8 of 14" in run("sample").output
+    assert batches["drawn"] == [range(8, 9), range(9, 12), range(12, 14)]
+    assert not (paths.SAMPLES / "png").exists() or not [*(paths.SAMPLES / "png").iterdir()]
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Parts.save
+
+    def full(self: Parts, indices: range, images: np.ndarray) -> None:
+        if indices.start >= 8:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.folder / "x.npz"))
+        save(self, indices, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "save", full)
+        result = run("sample")
+    assert result.exit_code == 2
+    assert re.search(r"error: \S+x\.npz: No space left on device: put that right; .*\n$", result.output)
+    assert "resuming: 8 of 14" in run("sample").output
+    assert samples().shape == (14, 32, 32, 3)
+
+
+def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object]) -> None:
+    batches |= {"at": 1, "error": KeyboardInterrupt()}
+    run("sample")
+    (folder,) = paths.RUNS.glob("*/samples-*")
+    with FileLock(folder / "lock"):
+        result = run("sample")
+    assert result.exit_code == 2
+    assert "is drawing these samples" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
+    many = {"sample.num_images": 200, "sample.steps": 50, "sample.save_png": False}
+    write_params(**OVERRIDES | many)
+    process = start("sample")
+    wait_for_parts(process, 3)
+    process.send_signal(signal_number)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), err
+    assert "Traceback" not in err
+    again = start("sample")
+    assert "resuming: " in again.communicate(timeout=300)[1]
+    resumed = samples()
+    run_all("sample")
+    np.testing.assert_array_equal(resumed, samples())
+
+
+def wait_for_parts(process: subprocess.Popen[str], count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len([*paths.RUNS.glob("*/samples-*/*.npz")]) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no parts")
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_to_the_same_result(trained: Path) -> None:
+    """Torchrun's workers on this machine, gloo between them: images to the bit, moments to float64 rounding."""
+
+    def run_stages(processes: int, *stages: str) -> None:
+        write_params(**OVERRIDES | {"sample.processes": processes, "evaluate.processes": processes})
+        for stage in stages:
+            process = start(stage)
+            err = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, err
+
+    run_stages(1, "sample", "reference", "evaluate")
+    alone, scores = samples(), json.loads(paths.EVALUATE_METRICS.read_text())
+    with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:
+        mean, cov = archive["mean"], archive["cov"]
+    run_stages(2, "sample", "reference", "evaluate")
+    np.testing.assert_array_equal(samples(), alone)
+    png_files_are(alone)
+    with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:
+        np.testing.assert_allclose(archive["mean"], mean, rtol=1e-10, atol=0)
+        assert np.abs(archive["cov"] - cov).max() <= 1e-10 * np.abs(cov).max()
+    shared = json.loads(paths.EVALUATE_METRICS.read_text())
+    assert shared["fd_lite0"] == pytest.approx(scores["fd_lite0"], rel=1e-6)
+    assert shared["about"] == scores["about"]
+    run_stages(3, "sample")
+    np.testing.assert_array_equal(samples(), alone)
