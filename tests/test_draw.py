@@ -1,8 +1,11 @@
 """The sample stage: what it keeps of a stopped one, how it fails, and that processes share it to the same bits."""
 
+import contextlib
 import errno
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -11,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 from test_stages import run, run_all, start, workspace, write_params  # noqa: F401  # a fixture
+from worlds import in_world
 
-from diffusion import paths, sampling
+from diffusion import config, draw, evaluation, judge, paths, sampling
+from diffusion.distributed import World
 from diffusion.parts import Parts
 
 OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
@@ -141,16 +147,15 @@ def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object])
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
-    many = {"sample.num_images": 200, "sample.steps": 50, "sample.save_png": False}
+    many = {"sample.num_images": 48, "sample.steps": 30, "sample.save_png": False}
     write_params(**OVERRIDES | many)
     process = start("sample")
-    wait_for_parts(process, 3)
+    wait_for_parts(process, 1)
     process.send_signal(signal_number)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), err
     assert "Traceback" not in err
-    again = start("sample")
-    assert "resuming: " in again.communicate(timeout=300)[1]
+    assert "resuming: " in run("sample").output
     resumed = samples()
     run_all("sample")
     np.testing.assert_array_equal(resumed, samples())
@@ -166,28 +171,45 @@ def wait_for_parts(process: subprocess.Popen[str], count: int) -> None:
 
 
 @pytest.mark.slow
+def test_torchruns_workers_draw_the_same_images(trained: Path) -> None:
+    run_all("sample")
+    alone = samples()
+    write_params(**OVERRIDES | {"sample.processes": 2})
+    process = start("sample")
+    err = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, err
+    np.testing.assert_array_equal(samples(), alone)
+    png_files_are(alone)
+
+
+def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
+    """The three stages that ranks share, in a process of `in_world`, which has joined already."""
+    os.chdir(folder)
+    paths.RUNS = folder / "runs"
+    for module in (draw, evaluation, judge):
+        module.joined = lambda _: contextlib.nullcontext((world, device))  # type: ignore[attr-defined]
+    params = config.load("params.yaml")
+    draw.draw(params)
+    evaluation.write_references(params)
+    judge.judge(params)
+
+
+@pytest.mark.slow
 def test_processes_share_the_work_to_the_same_result(trained: Path) -> None:
-    """Torchrun's workers on this machine, gloo between them: images to the bit, moments to float64 rounding."""
-
-    def run_stages(processes: int, *stages: str) -> None:
-        write_params(**OVERRIDES | {"sample.processes": processes, "evaluate.processes": processes})
-        for stage in stages:
-            process = start(stage)
-            err = process.communicate(timeout=300)[1]
-            assert process.returncode == 0, err
-
-    run_stages(1, "sample", "reference", "evaluate")
+    """Gloo between them: images to the bit, moments to float64 rounding."""
+    run_all("sample", "reference", "evaluate")
     alone, scores = samples(), json.loads(paths.EVALUATE_METRICS.read_text())
     with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:
         mean, cov = archive["mean"], archive["cov"]
-    run_stages(2, "sample", "reference", "evaluate")
+    for path in (paths.SAMPLES, paths.REFERENCE):
+        shutil.rmtree(path)
+    paths.EVALUATE_METRICS.unlink()
+    in_world(3, trained / "world", stages_of_a_rank, trained)
     np.testing.assert_array_equal(samples(), alone)
     png_files_are(alone)
     with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:
-        np.testing.assert_allclose(archive["mean"], mean, rtol=1e-10, atol=0)
+        np.testing.assert_allclose(archive["mean"], mean, rtol=1e-10, atol=1e-12)
         assert np.abs(archive["cov"] - cov).max() <= 1e-10 * np.abs(cov).max()
     shared = json.loads(paths.EVALUATE_METRICS.read_text())
     assert shared["fd_lite0"] == pytest.approx(scores["fd_lite0"], rel=1e-6)
     assert shared["about"] == scores["about"]
-    run_stages(3, "sample")
-    np.testing.assert_array_equal(samples(), alone)

@@ -1,9 +1,11 @@
 """Noise for sampling: image i's numbers are a function of (seed, i) alone, for any batch, rank or device."""
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,41 +33,51 @@ def standard_normals(
     for, which deterministic samplers never do, threads draw that of `ahead` steps while the GPU works on those before.
     """
     sources = [generator(seed, "sample", i) for i in indices]
-    row = math.ceil(math.prod(shape) / BLOCK) * BLOCK
+    numbers = math.prod(shape)
+    row = math.ceil(numbers / BLOCK) * BLOCK
     threads = min(8, os.cpu_count() or 1, len(sources)) if ahead or device.type == "cuda" else 0
-    ahead = ahead or max(1, min(AHEAD, MOST // (len(sources) * row)))
-
-    @torch.inference_mode()  # a mode of the caller's thread alone
-    def fill(buffer: Tensor, images: range) -> None:
-        for i in images:
-            torch.randn(buffer.shape[1:], generator=sources[i], out=buffer[i])
-
-    def buffer_of(steps: int) -> Tensor:
-        return torch.empty(len(sources), steps, row, pin_memory=device.type == "cuda")
+    steps = ahead or (max(1, min(AHEAD, MOST // (len(sources) * row))) if threads else 1)
 
     def steps_of(buffer: Tensor) -> Iterator[Tensor]:
-        rows = buffer.to(device, non_blocking=True)[:, :, : math.prod(shape)]
+        rows = buffer.to(device, non_blocking=True)[:, :, :numbers]
         for step in rows.unbind(1):
             yield step.reshape(len(sources), *shape).contiguous(memory_format=torch.channels_last)
 
-    while not threads:
-        buffer = buffer_of(1)
-        fill(buffer, range(len(sources)))
-        yield from steps_of(buffer)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def start(steps: int) -> tuple[Tensor, list[Future[None]]]:
-            buffer = buffer_of(steps)
-            return buffer, [pool.submit(fill, buffer, range(k, len(sources), threads)) for k in range(threads)]
-
-        def finish(buffer: Tensor, jobs: list[Future[None]]) -> Tensor:
-            for job in jobs:
-                job.result()
-            return buffer
-
-        yield from steps_of(finish(*start(1)))
-        begun = start(ahead)
+    with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+        begin = partial(_begin, sources, row, pool, threads, pin=device.type == "cuda")
+        yield from steps_of(begin(1)())
+        begun = begin(steps)
         while True:
-            ready = finish(*begun)  # before the next is begun: an image's generator is one thread's at a time
-            begun = start(ahead)
+            ready = begun()  # before the next is begun: an image's generator is one thread's at a time
+            begun = begin(steps)
             yield from steps_of(ready)
+
+
+def _begin(
+    sources: Sequence[torch.Generator],
+    row: int,
+    pool: ThreadPoolExecutor | None,
+    threads: int,
+    steps: int,
+    *,
+    pin: bool,
+) -> Callable[[], Tensor]:
+    """Begin to draw (B, steps, row) numbers, each image's with its own generator; the result waits for them."""
+    buffer = torch.empty(len(sources), steps, row, pin_memory=pin)
+
+    @torch.inference_mode()  # a mode of the caller's thread alone
+    def fill(images: range) -> None:
+        for i in images:
+            torch.randn((steps, row), generator=sources[i], out=buffer[i])
+
+    if pool is None:
+        fill(range(len(sources)))
+        return lambda: buffer
+    jobs = [pool.submit(fill, range(k, len(sources), threads)) for k in range(threads)]
+
+    def wait() -> Tensor:
+        for job in jobs:
+            job.result()
+        return buffer
+
+    return wait
