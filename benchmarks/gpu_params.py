@@ -37,21 +37,6 @@ def load(path: Path, settings: Iterable[str] = ()) -> Params:
     return _build({key: convert(key, texts[key], kind) for key, kind in kinds.items()})
 
 
-def with_choice(params: Params, key: str, texts: Iterable[str]) -> Params:
-    """`params` with the first of `texts` at `key` that its type allows.
-
-    Raises:
-        UserError: it allows none of them.
-    """
-    kind, values = schema()[key], _values(params)
-    for text in (texts := tuple(texts)):
-        try:
-            return _build({**values, key: convert(key, text, kind)})
-        except UserError:
-            continue
-    raise UserError(f"{key} takes none of {', '.join(texts)}: it must be {allowed(kind)}")
-
-
 def convert(key: str, text: Any, kind: Any) -> Any:
     """The value of type `kind`, a type of `config.schema()`, that `text` (or a list of texts) stands for.
 
@@ -97,14 +82,6 @@ def _flat(tree: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in tree.items() if isinstance(tree, dict) else ():
         found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
-def _values(params: Params) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key in schema():
-        section, _, name = key.rpartition(".")
-        found[key] = getattr(getattr(params, section) if section else params, name)
     return found
 
 

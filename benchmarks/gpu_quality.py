@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_session import Part
-from gpu_speed import compile_net, release, synchronize, with_compile
+from gpu_speed import release, with_compile
+from rates import synchronize
 
 from diffusion import images, sampling
-from diffusion.config import Params, TrainedConfig, schema, to_dict, trained
+from diffusion.config import Params, TrainedConfig, to_dict, trained
 from diffusion.data import Dataset
 from diffusion.export import load_model, save_model
 from diffusion.features import EfficientNetLite0, Extractor, Inception
@@ -60,8 +61,6 @@ def train_to_deadline(part: Part, task: Task) -> None:
     config = trained(with_compile(task.params, "train", task.device.type == "cuda"))
     folder = task.folder / "large/runs" / fingerprint(config, task.data.digest)
     trainer = Trainer(config, task.data, folder, task.device)
-    if task.device.type == "cuda" and "train.compile" not in schema():
-        compile_net(trainer.net)
     part.keep(resumed_at=trainer.progress.step, batch_size=config.train.batch_size, recipe=to_dict(config))
     try:
         _loop(part, trainer, task)
@@ -199,11 +198,8 @@ def _write_curves(trainer: Trainer, folder: Path) -> None:
 
 
 def _denoiser(net: torch.nn.Module, config: TrainedConfig, task: Task) -> Denoiser:
-    net = net.to(task.device)
-    if task.device.type == "cuda" and "sample.compile" not in schema():
-        compile_net(net)
     return Denoiser(
-        net,
+        net.to(task.device),
         make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(task.device),
         config.diffusion.prediction,
         dtype=resolve_precision(task.params.sample.precision, task.device),

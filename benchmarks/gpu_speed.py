@@ -15,21 +15,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gpu_peers as peers
+import peers
 import torch
-import torch.nn.functional as F
-from gpu_params import with_choice
 from gpu_session import Part
 from machine import machine
-from torch.utils.flop_counter import FlopCounterMode
+from rates import conv_rate, forward_flops, matmul_rate, synchronize, timed
 
 from diffusion import sampling
-from diffusion.config import ModelConfig, Params, schema, trained
+from diffusion.config import Params, trained
 from diffusion.data import Dataset
 from diffusion.parameterization import Denoiser
 from diffusion.schedules import make_schedule
 from diffusion.training import Trainer
-from diffusion.unet import IMAGE_CHANNELS, IMAGE_SIZE, UNet
+from diffusion.unet import UNet
 
 TURNS = 5
 TURN_SECONDS = 1.0  # of a contestant's turn, at least
@@ -47,11 +45,11 @@ def measure_machine(part: Part, device: torch.device) -> None:
         facts = torch.cuda.get_device_properties(device)
         part.keep(memory_gib=round(facts.total_memory / 2**30, 1), multiprocessors=facts.multi_processor_count)
     big = device.type == "cuda"
-    part.keep(matmul_tflops=_matmul_rate(8192 if big else 256, device, 50 if big else 4))
+    part.keep(matmul_tflops=matmul_rate(8192 if big else 256, 50 if big else 4, device))
     part.say(f"{machine()['gpu'] or device.type}; bf16 matrix product {part.entry['matmul_tflops']:.4g} TFLOP/s")
     rates: dict[str, float] = {}
     for channels, size in ((128, 32), (256, 16), (256, 8)):
-        rates[f"3x3x{channels}_at_{size}"] = _conv_rate(channels, size, 512 if big else 1, device)
+        rates[f"3x3x{channels}_at_{size}"] = conv_rate(channels, size, 512 if big else 1, device)
         part.keep(conv_tflops=rates)
     part.say(f"bf16 3x3 convolutions, forward and backward: {rates}")
 
@@ -118,7 +116,7 @@ def compete(
     turns: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(TURNS):
         for name, (step, count) in ready.items():
-            seconds = _timed(step, count, device)
+            seconds = timed(step, count, device)
             turns[name].append(amount * count / seconds)
             entry[name] |= {unit: round(median(turns[name]), 2), "turns": [round(r, 2) for r in turns[name]]}
             entry[name] |= {"peak_memory_gib": _peak_memory(device)} if device.type == "cuda" else {}
@@ -132,24 +130,10 @@ def compete(
     part.keep()
 
 
-def forward_flops(model: ModelConfig) -> float:
-    """FLOPs of the network's forward pass for one image; a training step is counted as three times that."""
-    net = UNet(model).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, dtype=torch.long))
-    return float(counter.get_total_flops())
-
-
 def with_compile(params: Params, section: str, wanted: bool) -> Params:
-    """`params` with train.compile or sample.compile as `wanted`, if there is such a key."""
-    if f"{section}.compile" not in schema():
-        return params
-    return with_choice(params, f"{section}.compile", ("on", "true") if wanted else ("off", "false"))
-
-
-def compile_net(net: torch.nn.Module) -> None:
-    """Compile in place: names of weights, copies and checkpoints stay those of the plain network."""
-    net.compile(dynamic=False)
+    """`params` with train.compile or sample.compile as `wanted`."""
+    changed = dataclasses.replace(getattr(params, section), compile="on" if wanted else "off")
+    return dataclasses.replace(params, **{section: changed})
 
 
 def release(device: torch.device) -> None:
@@ -158,12 +142,6 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _training_contestants(
@@ -190,8 +168,6 @@ def _present(contestants: Mapping[str, Build]) -> Mapping[str, Build]:
 
 def _our_training(params: Params, data: Dataset, folder: Path, device: torch.device, *, compiled: bool) -> peers.Step:
     trainer = Trainer(trained(with_compile(params, "train", compiled)), data, folder, device)
-    if compiled and "train.compile" not in schema():
-        compile_net(trainer.net)
     return lambda: _ignore(trainer.step())
 
 
@@ -202,12 +178,11 @@ def _our_sampling(
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     params = with_compile(params, "sample", compiled)
-    if compiled and "sample.compile" not in schema():
-        compile_net(net)
     schedule = make_schedule(params.diffusion.schedule, params.diffusion.num_steps).to(device)
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)
     config = dataclasses.replace(params.sample, sampler="ddim", eta=0.0, steps=EVALUATIONS)
-    return lambda: _ignore(list(sampling.generate(denoiser, config, 0, range(config.batch_size), device)))
+    images = range(config.batch_size or SAMPLING_BATCH)
+    return lambda: _ignore(list(sampling.generate(denoiser, config, 0, images, device)))
 
 
 def _ignore(_: object) -> None:
@@ -222,50 +197,15 @@ def _prepare(build: Build, device: torch.device, ready: dict[str, tuple[peers.St
         for _ in range(WARM_UP):
             step()
         synchronize(device)
-        ready[name] = step, max(1, round(TURN_SECONDS / _timed(step, 1, device)))
+        ready[name] = step, max(1, round(TURN_SECONDS / timed(step, 1, device)))
     except Exception as error:  # out of memory, or a peer of another version: the others still count
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     return {"warm_up_seconds": round(time.perf_counter() - start, 1)}
 
 
-def _timed(step: peers.Step, count: int, device: torch.device) -> float:
-    """Seconds of `count` steps after one that is not counted."""
-    step()
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def _peak_memory(device: torch.device) -> float:
     """GiB; the weights of the other contestants included."""
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-
-
-def _matmul_rate(size: int, device: torch.device, count: int) -> float:
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    rates = [2 * size**3 * count / _timed(lambda: _ignore(a @ b), count, device) for _ in range(TURNS)]
-    return float(f"{median(rates) / 1e12:.4g}")
-
-
-def _conv_rate(channels: int, size: int, batch: int, device: torch.device) -> float:
-    """TFLOP/s of a channels-last 3x3 convolution and its two gradients."""
-    last = torch.channels_last
-    x = torch.randn(batch, channels, size, size, device=device, dtype=torch.bfloat16).to(memory_format=last)
-    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=torch.bfloat16).to(memory_format=last)
-    x, weight = x.requires_grad_(), weight.requires_grad_()
-    gradient = torch.randn_like(x)
-
-    def step() -> None:
-        torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient)
-
-    flops = 3 * 2 * batch * size**2 * 9 * channels**2
-    rates = [flops * 10 / _timed(step, 10, device) for _ in range(TURNS)]
-    return float(f"{median(rates) / 1e12:.4g}")
 
 
 def _driver() -> str | None:

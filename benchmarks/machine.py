@@ -4,7 +4,8 @@ import datetime
 import json
 import os
 import platform
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 def machine() -> dict[str, Any]:
     """Processor, cores, device, versions and date."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
+    lines = _lines(cpuinfo)
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "processor": names[0] if names else platform.processor(),
+        "bf16": [flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -28,12 +32,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    """Print `result` as one JSON line and keep it as results/<name>.json."""
-    result = {**result, "machine": machine()}
+def report(name: str, result: dict[str, Any], peers: Sequence[str] = ()) -> None:
+    """Print `result` as one JSON line and keep it as results/<name>.json; `peers` are packages whose versions count."""
+    result = {**result, "machine": machine() | {package: _version(package) for package in peers}}
     print(json.dumps(result))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _lines(path: Path) -> list[str]:

@@ -87,7 +87,12 @@ def diffusers_unet(model: ModelConfig) -> Any:
 
 
 def diffusers_training(
-    model: ModelConfig, config: TrainConfig, data: Tensor, device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    config: TrainConfig,
+    data: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,  # of the weights, which decides the activations'
 ) -> Step:
     """examples/unconditional_image_generation/train_unconditional.py of diffusers, its mixed precision included.
 
@@ -98,7 +103,7 @@ def diffusers_training(
     from diffusers.training_utils import EMAModel
 
     torch.manual_seed(0)
-    net = diffusers_unet(model).to(device).train()
+    net = diffusers_unet(model).to(device).to(memory_format=layout).train()
     average = EMAModel(net.parameters(), decay=config.ema_decay, use_ema_warmup=True)
     average.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
@@ -124,17 +129,23 @@ def diffusers_training(
 
 
 def diffusers_sampling(
-    model: ModelConfig, batch_size: int, steps: int, device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    batch_size: int,
+    steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.contiguous_format,
+    scheduler_name: str = "DDIMScheduler",
 ) -> Step:
-    """DDIM with diffusers' network and scheduler: `steps` evaluations of `batch_size` images.
+    """Diffusers' network and scheduler, as in its pipelines: `steps` evaluations of `batch_size` images.
 
     Raises:
         ImportError: diffusers is not there.
     """
-    from diffusers import DDIMScheduler
+    import diffusers
 
-    net = diffusers_unet(model).to(device).eval()
-    scheduler = DDIMScheduler(num_train_timesteps=1000)
+    net = diffusers_unet(model).to(device).to(memory_format=layout).eval()
+    scheduler = getattr(diffusers, scheduler_name)(num_train_timesteps=1000)
 
     @torch.no_grad()
     def step() -> None:
@@ -145,5 +156,60 @@ def diffusers_sampling(
                 output = net(x, t).sample
             x = scheduler.step(output.float(), t, x).prev_sample
         (x / 2 + 0.5).clamp(0, 1).cpu()
+
+    return step
+
+
+def lucidrains_diffusion(dim: int, dim_mults: tuple[int, ...], steps: int | None = None) -> Any:
+    """GaussianDiffusion and Unet of denoising-diffusion-pytorch, all else at their defaults; DDIM if `steps` is given.
+
+    Raises:
+        ImportError: denoising-diffusion-pytorch is not there.
+    """
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    return GaussianDiffusion(Unet(dim=dim, dim_mults=dim_mults), image_size=IMAGE_SIZE, sampling_timesteps=steps)
+
+
+def lucidrains_training(
+    dim: int, dim_mults: tuple[int, ...], config: TrainConfig, data: Tensor, device: torch.device
+) -> Step:
+    """A step of denoising-diffusion-pytorch's Trainer at its defaults (fp32, Adam, EMA every 10 steps).
+
+    Raises:
+        ImportError: denoising-diffusion-pytorch is not there.
+    """
+    from ema_pytorch import EMA
+
+    torch.manual_seed(0)
+    diffusion = lucidrains_diffusion(dim, dim_mults).to(device).train()
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    average = EMA(diffusion, beta=0.995, update_every=10)
+    batch, counter = images(data, config, device), iter(range(10**9))
+
+    def step() -> None:
+        loss = diffusion(batch(next(counter)).add(1).div(2))  # it takes images in [0, 1]
+        loss.item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+
+    return step
+
+
+def lucidrains_sampling(
+    dim: int, dim_mults: tuple[int, ...], batch_size: int, steps: int, device: torch.device
+) -> Step:
+    """denoising-diffusion-pytorch's DDIM sampling: `steps` evaluations of `batch_size` images.
+
+    Raises:
+        ImportError: denoising-diffusion-pytorch is not there.
+    """
+    diffusion = lucidrains_diffusion(dim, dim_mults, steps).to(device).eval()
+
+    def step() -> None:
+        diffusion.sample(batch_size=batch_size).cpu()
 
     return step
