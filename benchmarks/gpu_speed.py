@@ -94,9 +94,7 @@ def measure_sampling(part: Part, params: Params, device: torch.device) -> None:
         contestants["ours_uncompiled"] = partial(ours, torch.bfloat16, compiled=False, channels_last=True)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         contestants[f"plain_{name}"] = partial(ours, dtype, compiled=False, channels_last=False)
-        contestants[f"diffusers_{name}"] = partial(
-            peers.diffusers_sampling, params.model, batch_size, EVALUATIONS, device, dtype
-        )
+        contestants[f"diffusers_{name}"] = partial(_diffusers_sampling, params, batch_size, device, dtype)
     compete(part, entry, _present(contestants), batch_size * EVALUATIONS, "evaluations/s", device)
     release(device)
 
@@ -156,7 +154,7 @@ def _training_contestants(
         found["ours_uncompiled"] = partial(_our_training, params, data, folder / "eager", device, compiled=False)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         arguments = (params.model, params.train, data.train, device, dtype)
-        found[f"diffusers_{name}"] = partial(peers.diffusers_training, *arguments)
+        found[f"diffusers_{name}"] = partial(peers.DiffusersTraining, *arguments)
         found[f"plain_{name}"] = partial(peers.plain_training, *arguments)
     return _present(found)
 
@@ -183,6 +181,12 @@ def _our_sampling(
     config = dataclasses.replace(params.sample, sampler="ddim", eta=0.0, steps=EVALUATIONS)
     images = range(config.batch_size or SAMPLING_BATCH)
     return lambda: _ignore(list(sampling.generate(denoiser, config, 0, images, device)))
+
+
+def _diffusers_sampling(params: Params, batch_size: int, device: torch.device, dtype: torch.dtype) -> peers.Step:
+    net = peers.diffusers_unet(params.model).to(device).eval()
+    draw = peers.diffusers_sampling(net, batch_size, EVALUATIONS, device, dtype, "DDIMScheduler")
+    return lambda: _ignore(draw())
 
 
 def _ignore(_: object) -> None:

@@ -86,76 +86,81 @@ def diffusers_unet(model: ModelConfig) -> Any:
     )
 
 
-def diffusers_training(
-    model: ModelConfig,
-    config: TrainConfig,
-    data: Tensor,
-    device: torch.device,
-    dtype: torch.dtype,
-    layout: torch.memory_format = torch.contiguous_format,  # of the weights, which decides the activations'
-) -> Step:
+class DiffusersTraining:
     """examples/unconditional_image_generation/train_unconditional.py of diffusers, its mixed precision included.
+
+    A call is one training step.
 
     Raises:
         ImportError: diffusers is not there.
     """
-    from diffusers import DDPMScheduler
-    from diffusers.training_utils import EMAModel
 
-    torch.manual_seed(0)
-    net = diffusers_unet(model).to(device).to(memory_format=layout).train()
-    average = EMAModel(net.parameters(), decay=config.ema_decay, use_ema_warmup=True)
-    average.to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    scheduler = DDPMScheduler(num_train_timesteps=1000)
-    batch, counter = images(data, config, device), iter(range(10**9))
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        data: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: torch.memory_format = torch.contiguous_format,  # of the weights, which decides the activations'
+    ) -> None:
+        from diffusers import DDPMScheduler
+        from diffusers.training_utils import EMAModel
 
-    def step() -> None:
-        x0 = batch(next(counter))
+        torch.manual_seed(0)
+        self.config, self.device, self.dtype = config, device, dtype
+        self.net = diffusers_unet(model).to(device).to(memory_format=layout).train()
+        self.average = EMAModel(self.net.parameters(), decay=config.ema_decay, use_ema_warmup=True)
+        self.average.to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=config.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
+        )
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+        self.batch, self.steps = images(data, config, device), 0
+
+    def __call__(self) -> None:
+        x0 = self.batch(self.steps)
+        self.steps += 1
         noise = torch.randn_like(x0)
-        t = torch.randint(1000, (len(x0),), device=device)
-        x_t = scheduler.add_noise(x0, noise, t)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            output = net(x_t, t).sample
+        t = torch.randint(1000, (len(x0),), device=self.device)
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            output = self.net(x_t, t).sample
         loss = F.mse_loss(output.float(), noise)
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(net.parameters())
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.step(self.net.parameters())
         loss.detach().item()
 
-    return step
+    def averaged(self) -> Any:
+        """The network with the average of its weights, which is what its example samples from."""
+        self.average.copy_to(self.net.parameters())
+        return self.net.eval()
 
 
 def diffusers_sampling(
-    model: ModelConfig,
-    batch_size: int,
-    steps: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    layout: torch.memory_format = torch.contiguous_format,
-    scheduler_name: str = "DDIMScheduler",
-) -> Step:
-    """Diffusers' network and scheduler, as in its pipelines: `steps` evaluations of `batch_size` images.
+    net: Any, batch_size: int, steps: int, device: torch.device, dtype: torch.dtype, scheduler_name: str
+) -> Callable[[], Tensor]:
+    """The loop of diffusers' pipelines: images (B, 3, H, W) in [0, 1] by `steps` evaluations of its network.
 
     Raises:
         ImportError: diffusers is not there.
     """
     import diffusers
 
-    net = diffusers_unet(model).to(device).to(memory_format=layout).eval()
     scheduler = getattr(diffusers, scheduler_name)(num_train_timesteps=1000)
 
     @torch.no_grad()
-    def step() -> None:
+    def step() -> Tensor:
         scheduler.set_timesteps(steps)
         x = torch.randn((batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), device=device)
         for t in scheduler.timesteps:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = net(x, t).sample
             x = scheduler.step(output.float(), t, x).prev_sample
-        (x / 2 + 0.5).clamp(0, 1).cpu()
+        return (x / 2 + 0.5).clamp(0, 1).cpu()
 
     return step
 

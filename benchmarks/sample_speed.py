@@ -42,8 +42,8 @@ def diffusers_sampling(
     batch_size: int, steps: int, scheduler: str, dtype: torch.dtype, layout: torch.memory_format
 ) -> Callable[[], object]:
     """A pipeline's loop."""
-    model = matched.diffusers_model(batch_size)
-    return peers.diffusers_sampling(model, batch_size, steps, CPU, dtype, layout, scheduler)
+    net = peers.diffusers_unet(matched.diffusers_model(batch_size)).eval().to(memory_format=layout)
+    return peers.diffusers_sampling(net, batch_size, steps, CPU, dtype, scheduler)
 
 
 def lucidrains_sampling(batch_size: int, steps: int) -> Callable[[], object]:

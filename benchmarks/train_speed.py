@@ -39,7 +39,7 @@ def our_training(batch_size: int) -> Callable[[], object]:
 def diffusers_training(batch_size: int, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
     """A step of diffusers' example."""
     model, config = matched.diffusers_model(batch_size), matched.params(batch_size).train
-    return peers.diffusers_training(model, config, matched.data().train, CPU, dtype, layout)
+    return peers.DiffusersTraining(model, config, matched.data().train, CPU, dtype, layout)
 
 
 def lucidrains_training(batch_size: int) -> Callable[[], object]:

@@ -1,6 +1,7 @@
 """Contestants that take turns, each in a process of its own: none shares another's memory, allocator or settings."""
 
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -69,6 +70,7 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def _serve(connection: Connection, build: Build, threads: int) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # a peer's bar would be in the way of our lines
     torch.set_num_threads(threads)
     try:
         step = build()
