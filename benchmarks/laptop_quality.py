@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from machine import report
 
 from diffusion import images, sampling
@@ -40,16 +41,7 @@ def main(seconds: float, path: str, grid: Path | None) -> None:
     params, data = load(path), Dataset.load()
     device = resolve_device(params.train.device)
     with tempfile.TemporaryDirectory() as folder:
-        calibration = Trainer(trained(params), data, Path(folder) / "calibration", device)
-        rate = steps_per_second(calibration)
-        steps = int(seconds * rate * 0.92)  # validation and checkpoints take some, and a long run slows a little
-        params = dataclasses.replace(params, train=dataclasses.replace(params.train, steps=steps))
-        start = time.perf_counter()
-        trainer = Trainer(trained(params), data, Path(folder) / "run", device)
-        for record in train(trainer):
-            if record.step % 200 == 0:
-                click.echo(f"step {record.step} of {steps}, {time.perf_counter() - start:.0f} s", err=True)
-        train_seconds = time.perf_counter() - start
+        trainer, train_seconds = train_for(seconds, params, data, Path(folder), device)
     start = time.perf_counter()
     samples = draw(trainer, params)
     sample_seconds = time.perf_counter() - start
@@ -61,14 +53,29 @@ def main(seconds: float, path: str, grid: Path | None) -> None:
         "reference": f"train[:{REFERENCE}]",
         "sampler": f"{params.sample.sampler}-{params.sample.steps}",
         "train_seconds": round(train_seconds, 1),
-        "images_seen": steps * params.train.batch_size,
-        "images_per_second": round(steps * params.train.batch_size / train_seconds, 1),
+        "images_seen": trainer.progress.step * params.train.batch_size,
+        "images_per_second": round(trainer.progress.step * params.train.batch_size / train_seconds, 1),
         "parameters": sum(p.numel() for p in trainer.net.parameters()),
         "best_val_loss": trainer.progress.best_val_loss,
         "sample_seconds": round(sample_seconds, 1),
         "precision": str(trainer.dtype).removeprefix("torch."),
     }
     report("laptop_quality", result)
+
+
+def train_for(
+    seconds: float, params: Params, data: Dataset, folder: Path, device: torch.device
+) -> tuple[Trainer, float]:
+    """Train as `params` say, but for as many steps as `seconds` allow here; (trainer, seconds that it took)."""
+    rate = steps_per_second(Trainer(trained(params), data, folder / "calibration", device))
+    steps = int(seconds * rate * 0.92)  # validation and checkpoints take some, and a long run slows a little
+    params = dataclasses.replace(params, train=dataclasses.replace(params.train, steps=steps))
+    start = time.perf_counter()
+    trainer = Trainer(trained(params), data, folder / "run", device)
+    for record in train(trainer):
+        if record.step % 200 == 0:
+            click.echo(f"step {record.step} of {steps}, {time.perf_counter() - start:.0f} s", err=True)
+    return trainer, time.perf_counter() - start
 
 
 def steps_per_second(trainer: Trainer) -> float:

@@ -2,8 +2,8 @@
 
 Both start from nothing, on the same images: ours by params.yaml with its number of steps fitted to the time, diffusers'
 UNet2DModel (2.74M parameters) as its example trains it, at a learning rate that suits so short a run better than the
-example's. 2,000 samples each (ours as params.yaml says, diffusers' by DDIM with as many evaluations), scored as fd_lite0
-against the first 10,000 training images. Needs the data: run `dvc repro prepare` once.
+example's. 2,000 samples each (ours as params.yaml says, diffusers' by DDIM with as many evaluations), scored as
+fd_lite0 against the first 10,000 training images. Needs the data: run `dvc repro prepare` once.
 """
 
 import dataclasses

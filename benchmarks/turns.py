@@ -22,6 +22,7 @@ def compete(contestants: Mapping[str, Build], amount: int, *, turns: int, second
     Each takes `turns` turns of about `seconds`, A B C A B C; the others sleep meanwhile. Builders must be picklable.
     {name: {"median", "min", "max" (units a second), "peak_memory_mb", "ours_is_times"} or {"error": not installed}}
     """
+    os.environ["TQDM_DISABLE"] = "1"  # in the children: a peer's bar would be in the way of our lines
     context = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, Any]] = {}
     children: dict[str, tuple[Any, Connection]] = {}
@@ -70,7 +71,6 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def _serve(connection: Connection, build: Build, threads: int) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # a peer's bar would be in the way of our lines
     torch.set_num_threads(threads)
     try:
         step = build()

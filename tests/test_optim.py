@@ -155,7 +155,7 @@ def test_a_clipped_step_is_torchs_own_and_a_bad_one_is_none(train) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     twin = copy.deepcopy(net)
-    optimizer = make_optimizer(net, train)
+    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="adamw"))
     plain = torch.optim.AdamW(
         [
             {"params": [twin[0].weight], "weight_decay": train.weight_decay},
@@ -184,3 +184,23 @@ def test_a_clipped_step_is_torchs_own_and_a_bad_one_is_none(train) -> None:
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q)
     assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}
+
+
+def test_a_clipped_step_of_muon_is_its_step_on_clipped_gradients_and_a_bad_one_is_none(train) -> None:
+    torch.manual_seed(0)
+    net = Small()
+    twin = copy.deepcopy(net)
+    config = dataclasses.replace(train, optimizer="muon")
+    optimizer, plain = make_optimizer(net, config), make_optimizer(twin, config)
+    for bad in (False, True, False):
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            p.grad = 10.0 * torch.randn_like(p)
+            q.grad = p.grad.clone()
+        if bad:
+            net.inner.weight.grad[0, 0, 0, 0] = math.nan
+        else:
+            nn.utils.clip_grad_norm_(twin.parameters(), 1.5)
+            plain.step()
+        assert bool(clipped_step(optimizer, net, torch.tensor(1.0), clip=1.5)[1]) != bad
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-3 * train.lr)

@@ -83,8 +83,8 @@ class TrainConfig:
     device: Device
     precision: Precision
     micro_batch: Annotated[int, Range(1, 65_536)] | None
-    compile: Literal["auto", "on", "off"]
-    processes: Annotated[int, Range(1, 64)]
+    compile: Compile
+    processes: Processes
     log_every: Count
     validate_every: Count
     preview_every: Count

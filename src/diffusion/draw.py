@@ -31,7 +31,7 @@ from diffusion.journal import NullTracker, Tracker
 from diffusion.parameterization import Denoiser
 from diffusion.parts import Parts, missing
 from diffusion.provenance import code_digest
-from diffusion.runtime import keep_freed_memory, resolve_precision
+from diffusion.runtime import keep_freed_memory, resolve_precision, use_fast_kernels
 from diffusion.schedules import make_schedule
 
 GRID_IMAGES = 64
@@ -118,6 +118,7 @@ def _draw(params: Params, card: dict[str, Any], run: Path, world: World, device:
 
 
 def _load(config: SampleConfig, device: torch.device) -> Denoiser:
+    use_fast_kernels(device)
     net, trained = load_model(paths.MODEL)
     return Denoiser(
         net.to(device),

@@ -1,0 +1,99 @@
+"""The arithmetic of benchmarks/: what is counted, compared and written. Nothing is timed here."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPO
+from torch import nn
+
+from diffusion.unet import UNet
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of benchmarks/ as its scripts do."""
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    return importlib.import_module
+
+
+def test_the_matched_network_is_the_one_that_is_announced(script: Any) -> None:
+    """2.74M parameters and 0.764 GFLOP a forward pass, as diffusers' network of this layout has."""
+    model = script("matched").params(128).model
+    assert sum(p.numel() for p in UNet(model).parameters()) == pytest.approx(2.74e6, rel=0.005)
+    assert script("rates").forward_flops(model) == pytest.approx(0.764e9, rel=0.005)
+
+
+def test_peers_networks_match(script: Any) -> None:
+    pytest.importorskip("diffusers", reason="bench packages: make bench installs them")
+    matched, peers, rates = script("matched"), script("peers"), script("rates")
+    theirs = peers.diffusers_unet(matched.diffusers_model(128))
+    ours = UNet(matched.params(128).model)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert rates.count_flops(theirs) == pytest.approx(rates.count_flops(ours), rel=0.01)
+    lucidrains = peers.lucidrains_diffusion(*matched.LUCIDRAINS).model
+    assert rates.count_flops(lucidrains) == pytest.approx(rates.count_flops(ours), rel=0.01)
+
+
+def test_flops_of_a_convolution_are_those_of_its_formula(script: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)
+
+    assert script("rates").count_flops(Net()) == 2 * 32 * 32 * 8 * 3 * 9
+
+
+def test_products_of_a_step_are_all_counted(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution and a linear layer, forward and backward: 1 + 1 and 1 + 2 products (input and weight gradients)."""
+    module = script("product_share")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 5))
+    x = torch.randn(2, 3, 5, 5)
+    recorders: list[Any] = []
+    recorder = module.Recorder
+    monkeypatch.setattr(module, "Recorder", lambda: recorders.append(recorder()) or recorders[-1])
+    seconds = module.products_alone(lambda: net(x).sum().backward())
+    assert seconds > 0
+    counts = {func.overloadpacket.__name__: 0 for func, _ in recorders[0].counts}
+    for (func, _), count in recorders[0].counts.items():
+        counts[func.overloadpacket.__name__] += count
+    assert counts == {"convolution": 1, "convolution_backward": 1, "addmm": 1, "mm": 2}
+
+
+def test_medians_and_ratios(script: Any) -> None:
+    found = {
+        "ours": {"rates": [10.0, 30.0, 20.0], "peak_memory_mb": 1},
+        "slow": {"rates": [5.0, 4.0, 6.0], "peak_memory_mb": 2},
+        "absent": {"error": "not installed"},
+    }
+    summary = script("turns").summary(found)
+    assert summary["ours"] == {"median": 20.0, "min": 10.0, "max": 30.0, "peak_memory_mb": 1, "ours_is_times": 1.0}
+    assert summary["slow"]["ours_is_times"] == 4.0
+    assert summary["absent"] == {"error": "not installed"}
+
+
+def test_what_is_printed_is_what_is_kept(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = script("machine")
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    machine.report("one", {"value": 3}, peers=("numpy", "no-such-package"))
+    kept = json.loads((tmp_path / "one.json").read_text())
+    assert kept == json.loads(capsys.readouterr().out)
+    assert kept["value"] == 3
+    assert kept["machine"]["numpy"]
+    assert kept["machine"]["no-such-package"] is None
+
+
+def test_the_bench_lock_has_every_package_of_the_main_one_at_the_same_version() -> None:
+    def pins(name: str) -> set[str]:
+        return set(re.findall(r"^[\w.-]+==[^\s;]+", (REPO / name).read_text(), re.M))
+
+    assert pins("requirements.lock") < pins("requirements-bench.lock")
