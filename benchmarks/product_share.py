@@ -30,7 +30,8 @@ class Like:
     def tensor(self) -> Tensor:
         """Another one like it."""
         shape, stride, dtype = self.key
-        return torch.empty_strided(shape, stride, dtype=dtype).normal_()
+        own = [1 if step == 0 else size for size, step in zip(shape, stride, strict=True)]  # 0: expanded
+        return torch.empty_strided(own, stride, dtype=dtype).normal_().expand(shape)
 
 
 class Recorder(TorchDispatchMode):
