@@ -103,7 +103,8 @@ def test_1_2_and_3_processes_train_alike(tiny, tiny_data, tmp_path: Path) -> Non
             np.testing.assert_allclose(found["norms"], alone["norms"], rtol=1e-3)
             assert found["val"] == pytest.approx(alone["val"], abs=1e-5)
             for name, weight in found["ema"].items():
-                torch.testing.assert_close(weight, alone["ema"][name], rtol=0, atol=1e-4)
+                # Muon orthogonalises in bf16: a last bit of a gradient can move a weight by lr / 256 a step.
+                torch.testing.assert_close(weight, alone["ema"][name], rtol=0, atol=5e-4)
                 assert weight.equal(ranks[0]["ema"][name]), "the ranks drift apart"
         assert len(list(folder.glob("step_*.pt"))) == 1, "rank 0 alone writes"
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
-from test_stages import run, run_all, start, workspace, write_params  # noqa: F401  # a fixture
+from test_stages import run, run_all, start, write_params
 from worlds import in_world
 
 from diffusion import config, draw, evaluation, judge, paths, sampling
@@ -28,7 +28,7 @@ OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_image
 
 
 @pytest.fixture
-def trained(workspace: Path) -> Path:  # noqa: F811
+def trained(workspace: Path) -> Path:
     write_params(**OVERRIDES)
     run_all("prepare", "train")
     return workspace
@@ -149,7 +149,7 @@ def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object])
 def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
     many = {"sample.num_images": 48, "sample.steps": 30, "sample.save_png": False}
     write_params(**OVERRIDES | many)
-    process = start("sample")
+    process = start("stages.sample")
     wait_for_parts(process, 1)
     process.send_signal(signal_number)
     err = process.communicate(timeout=120)[1]
@@ -175,7 +175,7 @@ def test_torchruns_workers_draw_the_same_images(trained: Path) -> None:
     run_all("sample")
     alone = samples()
     write_params(**OVERRIDES | {"sample.processes": 2})
-    process = start("sample")
+    process = start("stages.sample")
     err = process.communicate(timeout=300)[1]
     assert process.returncode == 0, err
     np.testing.assert_array_equal(samples(), alone)

@@ -219,8 +219,8 @@ class Reads(TorchDispatchMode):
 
 
 def test_a_step_waits_for_nothing_unless_losses_are_read(tiny, tiny_data, tmp_path: Path) -> None:
-    config = trained(tiny(**{"train.log_every": 100, "model.dropout": 0.1, "train.steps": 100, "train.micro_batch": 3}))
-    trainer = Trainer(config, tiny_data, tmp_path, CPU)
+    changes = {"train.optimizer": "adamw", "train.log_every": 100, "train.steps": 100, "train.micro_batch": 3}
+    trainer = Trainer(trained(tiny(**changes, **{"model.dropout": 0.1})), tiny_data, tmp_path, CPU)
     trainer.reads_every_step = False
     with Reads() as reads:
         records = [trainer.step() for _ in range(9)]
