@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"{path}: no such file")
     images, labels = load_images(arguments.data)
     train, val = split(labels, params.data.val_images, params.seed)
-    data = Dataset(torch.from_numpy(images[train]), torch.from_numpy(images[val]), digest(images, labels))
+    sha256 = digest(images.shape, [images], labels)
+    data = Dataset(torch.from_numpy(images), torch.from_numpy(train), torch.from_numpy(val), sha256)
     device = resolve_device(params.train.device)
     task = Task(
         params=params,

@@ -153,7 +153,7 @@ def _training_contestants(
     if cuda:
         found["ours_uncompiled"] = partial(_our_training, params, data, folder / "eager", device, compiled=False)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        arguments = (params.model, params.train, data.train, device, dtype)
+        arguments = (params.model, params.train, data, device, dtype)
         found[f"diffusers_{name}"] = partial(peers.DiffusersTraining, *arguments)
         found[f"plain_{name}"] = partial(peers.plain_training, *arguments)
     return _present(found)

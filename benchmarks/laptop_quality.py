@@ -17,12 +17,11 @@ from machine import report
 
 from diffusion import images, sampling
 from diffusion.config import Params, load, trained
-from diffusion.data import Dataset, load_images
+from diffusion.data import Dataset, real_images
 from diffusion.evaluation import make_reference, moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
-from diffusion.paths import CIFAR10_TRAIN
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training import Trainer, train
 
@@ -105,7 +104,7 @@ def score(samples: np.ndarray, params: Params) -> float:
     """fd_lite0 against the first REFERENCE training images."""
     extractor, batch_size = EfficientNetLite0(), params.evaluate.batch_size
     device = resolve_device(params.evaluate.device)
-    reference = make_reference(load_images(CIFAR10_TRAIN)[0][:REFERENCE], "train", extractor, batch_size, device)
+    reference = make_reference(real_images("train")[:REFERENCE], "train", extractor, batch_size, device)
     found = moments_of(samples, extractor, batch_size, device, "fd_lite0")
     return frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
 

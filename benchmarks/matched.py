@@ -6,12 +6,11 @@ groups of 16 channels or more; denoising-diffusion-pytorch has another topology,
 
 import dataclasses
 
-import numpy as np
 import torch
 
 from diffusion.config import ModelConfig, Params, load
-from diffusion.data import Dataset
-from diffusion.paths import CIFAR10_TRAIN
+from diffusion.data import Dataset, real_images
+from diffusion.paths import TRAIN_IMAGES
 
 LUCIDRAINS = (32, (1, 2, 3))  # dim, dim_mults
 RECIPE = "params/paper.yaml"
@@ -44,9 +43,8 @@ def diffusers_model(batch_size: int) -> ModelConfig:
 
 def data(count: int = 10_000) -> Dataset:
     """CIFAR-10 if it is there, otherwise noise: neither changes what a step costs."""
-    if CIFAR10_TRAIN.exists():
-        with np.load(CIFAR10_TRAIN) as archive:
-            images = torch.from_numpy(archive["images"][:count])
+    if TRAIN_IMAGES.exists():
+        images = torch.from_numpy(real_images("train")[:count])
     else:
         images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
-    return Dataset(images[256:], images[:256], "benchmark")
+    return Dataset(images, torch.arange(256, count), torch.arange(256), "benchmark")

@@ -31,7 +31,7 @@ def main(inside: bool) -> None:
         report("overheads", measure())
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("cifar10", "prepared"):
+        for name in ("images", "prepared"):
             shutil.copytree(REPO / "data" / name, Path(folder, "data", name))
         shutil.copy(REPO / "params.yaml", folder)
         environment = {**os.environ, "DVC_ROOT": folder, "MLFLOW_DISABLE_TELEMETRY": "true"}

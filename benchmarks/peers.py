@@ -13,21 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.config import ModelConfig, TrainConfig
-from diffusion.data import Batches
+from diffusion.data import Batches, Dataset
 from diffusion.schedules import make_schedule
-from diffusion.unet import IMAGE_SIZE, UNet
+from diffusion.unet import UNet
 
 Step = Callable[[], None]
 
 
-def images(data: Tensor, config: TrainConfig, device: torch.device) -> Callable[[int], Tensor]:
+def images(data: Dataset, config: TrainConfig, device: torch.device) -> Callable[[int], Tensor]:
     """Step -> float32 (B, 3, H, W) in [-1, 1] in PyTorch's default memory layout."""
     batches = Batches(data, config.batch_size, 0, flip=config.flip, device=device)
     return lambda step: batches(step).contiguous()
 
 
 def plain_training(
-    model: ModelConfig, config: TrainConfig, data: Tensor, device: torch.device, dtype: torch.dtype
+    model: ModelConfig, config: TrainConfig, data: Dataset, device: torch.device, dtype: torch.dtype
 ) -> Step:
     """The loop of a tutorial: NCHW, default AdamW, an average weight by weight, the loss printed each step."""
     torch.manual_seed(0)
@@ -68,10 +68,12 @@ def diffusers_unet(model: ModelConfig) -> Any:
 
     if model.patch_size != 1:
         raise ValueError("diffusers' UNet2DModel has no patch stem: use a model with patch_size 1")
-    sizes = [IMAGE_SIZE >> level for level in range(len(model.multipliers))]
+    sizes = [model.image_size >> level for level in range(len(model.multipliers))]
     attends = [size in model.attention_resolutions for size in sizes]
     return UNet2DModel(
-        sample_size=IMAGE_SIZE,
+        sample_size=model.image_size,
+        in_channels=model.image_channels,
+        out_channels=model.image_channels,
         block_out_channels=tuple(model.channels * m for m in model.multipliers),
         layers_per_block=model.num_blocks,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -99,7 +101,7 @@ class DiffusersTraining:
         self,
         model: ModelConfig,
         config: TrainConfig,
-        data: Tensor,
+        data: Dataset,
         device: torch.device,
         dtype: torch.dtype,
         layout: torch.memory_format = torch.contiguous_format,  # of the weights, which decides the activations'
@@ -155,7 +157,7 @@ def diffusers_sampling(
     @torch.no_grad()
     def step() -> Tensor:
         scheduler.set_timesteps(steps)
-        x = torch.randn((batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), device=device)
+        x = torch.randn((batch_size, net.config.in_channels, *[net.config.sample_size] * 2), device=device)
         for t in scheduler.timesteps:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = net(x, t).sample
@@ -173,11 +175,11 @@ def lucidrains_diffusion(dim: int, dim_mults: tuple[int, ...], steps: int | None
     """
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    return GaussianDiffusion(Unet(dim=dim, dim_mults=dim_mults), image_size=IMAGE_SIZE, sampling_timesteps=steps)
+    return GaussianDiffusion(Unet(dim=dim, dim_mults=dim_mults), image_size=32, sampling_timesteps=steps)
 
 
 def lucidrains_training(
-    dim: int, dim_mults: tuple[int, ...], config: TrainConfig, data: Tensor, device: torch.device
+    dim: int, dim_mults: tuple[int, ...], config: TrainConfig, data: Dataset, device: torch.device
 ) -> Step:
     """A step of denoising-diffusion-pytorch's Trainer at its defaults (fp32, Adam, EMA every 10 steps).
 

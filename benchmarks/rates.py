@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import ModelConfig
-from diffusion.unet import IMAGE_CHANNELS, IMAGE_SIZE, UNet
+from diffusion.unet import UNet
 
 TURNS = 5
 
@@ -64,14 +64,14 @@ def conv_rate(
 
 def forward_flops(model: ModelConfig) -> float:
     """FLOPs of the network's forward pass for one image; a training step is counted as three times that."""
-    return count_flops(UNet(model))
+    return count_flops(UNet(model), model.image_shape)
 
 
-def count_flops(net: torch.nn.Module) -> float:
-    """FLOPs of `net`'s forward pass for one image: matrix products and convolutions, a multiply-add counted as two."""
+def count_flops(net: torch.nn.Module, shape: tuple[int, int, int] = (3, 32, 32)) -> float:
+    """FLOPs of `net` for one image of `shape` (C, H, W): convolutions and products; a multiply-add counts as two."""
     net.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE), torch.zeros(1, dtype=torch.long))
+        net(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.long))
     return float(counter.get_total_flops())
 
 

@@ -51,7 +51,7 @@ def diffusers(seconds: float, lr: float, batch_size: int, data: Dataset) -> dict
     """Train diffusers for `seconds`, sample and score."""
     params = load("params.yaml")
     config = dataclasses.replace(matched.params(batch_size).train, lr=lr)
-    step = peers.DiffusersTraining(matched.diffusers_model(batch_size), config, data.train, CPU, torch.float32)
+    step = peers.DiffusersTraining(matched.diffusers_model(batch_size), config, data, CPU, torch.float32)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         step()

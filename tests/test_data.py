@@ -1,3 +1,7 @@
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -53,10 +57,11 @@ def test_split_refuses_impossible_counts(count: int) -> None:
         data.split(np.arange(100, dtype=np.uint8) % 10, count, seed=0)
 
 
-def numbered(count: int) -> torch.Tensor:
-    """Image i is filled with i on its left half and 255 - i on its right."""
-    column = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return torch.cat([column.expand(-1, 4, 2, 3), 255 - column.expand(-1, 4, 2, 3)], dim=2).contiguous()
+def numbered(count: int) -> data.Dataset:
+    """Image i is filled with i on its left half and 255 - i on its right; the last five are for validation."""
+    column = torch.arange(count + 5, dtype=torch.uint8).view(-1, 1, 1, 1)
+    images = torch.cat([column.expand(-1, 4, 2, 3), 255 - column.expand(-1, 4, 2, 3)], dim=2).contiguous()
+    return data.Dataset(images, torch.arange(count), torch.arange(count, count + 5), "numbered")
 
 
 def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
@@ -88,7 +93,7 @@ def test_flips_mirror_half_of_the_images_left_to_right() -> None:
     batches = data.Batches(images, 100, seed=0, flip=True, device=CPU)
     flipped = 0
     for step in range(20):
-        plain = data.to_tensor(images[batches.indices(step)])
+        plain = data.to_tensor(images.images[batches.indices(step)])
         for image, original in zip(batches(step), plain, strict=True):
             mirrored = original.flip(-1)
             assert image.equal(original) != image.equal(mirrored)
@@ -102,3 +107,27 @@ def test_shares_of_a_batch_are_parts_of_the_whole() -> None:
     parts = [data.Batches(images, 7, seed=3, flip=True, device=CPU, share=s) for s in (range(3), range(3, 7))]
     for step in range(10):
         assert torch.cat([part(step) for part in parts]).equal(whole(step))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mapped_images_do_not_stay_in_memory(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)  # 61 MB
+    np.save(tmp_path / "mapped.npy", images)
+    mapped = np.load(tmp_path / "mapped.npy", mmap_mode="c")
+    dataset = data.Dataset(
+        torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", data.unmapped_pages(mapped)
+    )
+    batches = data.Batches(dataset, 100, seed=0, flip=False, device=CPU)
+    for step in range(200):
+        torch.testing.assert_close(batches(step), data.to_tensor(images[batches.indices(step)]), rtol=0, atol=0)
+        assert resident_kib("mapped.npy") == 0
+    assert int(mapped.astype(np.int64).sum()) == int(images.astype(np.int64).sum())
+    assert resident_kib("mapped.npy") > 55_000  # so the measure sees what is read
+    dataset.release()
+    assert resident_kib("mapped.npy") == 0
+
+
+def resident_kib(name: str) -> int:
+    """Memory of this process that holds pages of the file `name`."""
+    smaps = Path("/proc/self/smaps").read_text()
+    return sum(int(kib) for kib in re.findall(rf"{name}\n(?:.*\n)*?Rss:\s+(\d+) kB", smaps))

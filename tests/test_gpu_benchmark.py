@@ -127,7 +127,7 @@ def test_the_plain_loop_learns(load_script: Any, tiny: Any, tiny_data: Dataset) 
     with pytest.MonkeyPatch.context() as patch:
         peers = load_script("peers")
         patch.setattr(peers, "UNet", lambda model: nets.append(UNet(model)) or nets[-1])
-        step = peers.plain_training(params.model, params.train, tiny_data.train, CPU, torch.float32)
+        step = peers.plain_training(params.model, params.train, tiny_data, CPU, torch.float32)
     step()
     assert nets[0].head.weight.detach().abs().sum() > 0
 

@@ -15,9 +15,9 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the earlier stages would have left, with a score whose name needs escaping."""
     monkeypatch.chdir(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    for folder in (paths.CIFAR10, paths.SAMPLES, paths.TRAIN_METRICS.parent, paths.LOSS_CSV.parent):
+    for folder in (paths.IMAGES, paths.SAMPLES, paths.TRAIN_METRICS.parent, paths.LOSS_CSV.parent):
         folder.mkdir(parents=True)
-    np.savez(paths.CIFAR10_TRAIN, images=pictures, labels=np.zeros(12, np.uint8))
+    np.save(paths.TRAIN_IMAGES, pictures)
     np.savez(paths.SAMPLES_NPZ, images=pictures)
     images.save_png(pictures[0], paths.SAMPLES / "denoising.png")
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")

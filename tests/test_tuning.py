@@ -247,7 +247,7 @@ def test_the_score_is_what_the_stages_would_give(
 ) -> None:
     params, device = tiny(**TUNE), resolve_device("cpu")
     extractor = EfficientNetLite0()
-    reference = make_reference(tiny_data.train[:20].numpy(), "train", extractor, 10, device)
+    reference = make_reference(tiny_data.images[:20].numpy(), "train", extractor, 10, device)
     trainer = Trainer(config.trained(params), tiny_data, tmp_path / "run", device)
     for _ in training.train(trainer):
         pass

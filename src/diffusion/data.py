@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import mmap
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from torch import Tensor
 from diffusion import paths
 from diffusion.errors import UserError
 from diffusion.runtime import generator
+
+RESIDENT = 0.4  # of a GPU's free memory, at most, for the training images
+MPS_BYTES = 2 * 2**30  # the same on MPS, which shares the host's memory
 
 
 def to_tensor(images: np.ndarray | Tensor) -> Tensor:
@@ -56,10 +61,11 @@ def load_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def digest(images: np.ndarray, labels: np.ndarray) -> str:
-    """sha256 of shapes, pixels and labels: the identity of a data set."""
-    sha = hashlib.sha256(f"{images.shape} {labels.shape}".encode())
-    sha.update(np.ascontiguousarray(images).data)
+def digest(shape: tuple[int, ...], chunks: Iterable[np.ndarray], labels: np.ndarray) -> str:
+    """sha256 of `shape` (N, H, W, C), of the pixels, which come in `chunks`, and of labels: a data set's identity."""
+    sha = hashlib.sha256(f"{shape} {labels.shape}".encode())
+    for chunk in chunks:
+        sha.update(np.ascontiguousarray(chunk).data)
     sha.update(np.ascontiguousarray(labels).data)
     return sha.hexdigest()
 
@@ -83,54 +89,81 @@ def split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), val), val
 
 
-def prepare(val_images: int, seed: int) -> None:
-    """Write the split and the data card (digest, counts, channel statistics) of the downloaded training set."""
-    images, labels = load_images(paths.CIFAR10_TRAIN)
-    train, val = split(labels, val_images, seed)
-    pixels = images[train].reshape(-1, images.shape[-1]) / 255.0
-    card = {
-        "digest": digest(images, labels),
-        "train_images": len(train),
-        "val_images": len(val),
-        "image_shape": images.shape[1:],
-        "channel_mean": pixels.mean(axis=0).round(6).tolist(),
-        "channel_std": pixels.std(axis=0).round(6).tolist(),
-    }
-    paths.PREPARED.mkdir(parents=True, exist_ok=True)
-    np.savez(paths.SPLIT, train=train, val=val)
-    paths.DATA_CARD.write_text(json.dumps(card, indent=2) + "\n")
+def real_images(split: str) -> np.ndarray:
+    """uint8 (N, H, W, C) of the prepare stage, "train" or "test", mapped: what is read is all that is in memory.
+
+    Raises:
+        UserError: they are missing or damaged, or the source has no test images.
+    """
+    path = {"train": paths.TRAIN_IMAGES, "test": paths.TEST_IMAGES}[split]
+    try:
+        images: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)  # c: torch wants it writable; none writes
+    except FileNotFoundError:
+        if split == "test" and paths.TRAIN_IMAGES.exists():
+            raise UserError("data.source has no test images: set evaluate.reference_split: train") from None
+        raise UserError(f"{path} is missing: run `dvc repro prepare`") from None
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not usable ({error}): run `dvc repro -sf prepare`") from None
+    return images
+
+
+def unmapped_pages(images: np.ndarray) -> Callable[[], None]:
+    """A function that takes the pages read so far of mapped `images` out of this process's memory, not of the cache."""
+    pages = images.base
+    if not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return nothing
+    return lambda: pages.madvise(mmap.MADV_DONTNEED)  # nothing is lost: no page was written to
+
+
+def nothing() -> None:
+    """Images in memory have no pages to give back."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation images, uint8 (N, H, W, C), and the digest of the set they were split from."""
+    """Images uint8 (N, H, W, C), perhaps mapped; which of them are for training and validation; the set's digest."""
 
-    train: Tensor
+    images: Tensor
+    train: Tensor  # int64 indices
     val: Tensor
     digest: str
+    release: Callable[[], None] = nothing  # of mapped pages
 
     @staticmethod
     def load() -> "Dataset":
-        """The images of the download stage, split as the prepare stage says."""
-        images, _ = load_images(paths.CIFAR10_TRAIN)
+        """What the prepare stage wrote.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        images = real_images("train")
         try:
             train, val = read_npz(paths.SPLIT, "train", "val")
             card = json.loads(paths.DATA_CARD.read_text())
         except UNREADABLE as error:
             raise UserError(f"{paths.PREPARED} is not usable ({error}): run `dvc repro prepare`") from None
-        return Dataset(torch.from_numpy(images[train]), torch.from_numpy(images[val]), card["digest"])
+        if max(train.max(), val.max()) >= len(images):
+            raise UserError(f"{paths.PREPARED} does not belong to {paths.IMAGES}: run `dvc repro -sf prepare`")
+        indices = torch.from_numpy(train), torch.from_numpy(val)
+        return Dataset(torch.from_numpy(images), *indices, card["digest"], unmapped_pages(images))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), as networks see it."""
+        height, width, channels = self.images.shape[1:]
+        return channels, height, width
 
 
 class Batches:
     """Training batches as a function of (seed, step): shuffled without replacement epoch by epoch, flipped at random.
 
-    The images stay uint8 on `device`; one batch is converted at a time. `share` names the positions of each batch that
-    are wanted (a rank's part of it): what is at a position does not depend on it.
+    The images stay uint8: on `device` if they fit there, else mapped. One batch is converted at a time. `share` names
+    the positions of each batch that are wanted (a rank's part of it): what is at a position does not depend on it.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        data: Dataset,
         batch_size: int,
         seed: int,
         *,
@@ -138,35 +171,50 @@ class Batches:
         device: torch.device,
         share: range | None = None,  # contiguous; None = all
     ) -> None:
-        self.images = images.to(device)
+        self.resident = fits(data.images, device)
+        self.images = data.images.to(device) if self.resident else data.images
+        self.train = data.train.to(self.images.device)
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
+        self.device = device
         self.share = slice(share.start, share.stop) if share is not None else slice(None)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self._release = data.release
 
     def indices(self, step: int) -> Tensor:
         """int64 (B,): which images make the batch of `step` (from 0); an epoch ends inside a batch, none is dropped."""
         position, end, parts = step * self.batch_size, (step + 1) * self.batch_size, []
         while position < end:
-            epoch, offset = divmod(position, len(self.images))
+            epoch, offset = divmod(position, len(self.train))
             parts.append(self._permutation(epoch)[offset : offset + end - position])
             position += len(parts[-1])
-        return torch.cat(parts)
+        return self.train[torch.cat(parts)]
 
     def __call__(self, step: int) -> Tensor:
-        """float32 (B, C, H, W) in [-1, 1]; B = the size of the share."""
-        device = self.images.device
-        batch = self.images[self.indices(step)[self.share]]
+        """float32 (B, C, H, W) in [-1, 1] on the device; B = the size of the share."""
+        rows = self.indices(step)[self.share]
+        batch = self.images.index_select(0, rows)
+        self._release()  # one image may map two megabytes: the page cache keeps them, this process need not
+        if not self.resident:
+            pinned = batch.pin_memory() if self.device.type == "cuda" else batch
+            batch = pinned.to(self.device, non_blocking=True)
         if self.flip:  # drawn where they are used: a copy to the GPU would wait for it
-            source = generator(self.seed, "flip", step, device)
-            coins = torch.rand(self.batch_size, generator=source, device=device)[self.share] < 0.5
+            source = generator(self.seed, "flip", step, self.device)
+            coins = torch.rand(self.batch_size, generator=source, device=self.device)[self.share] < 0.5
             batch = torch.where(coins[:, None, None, None], batch.flip(2), batch)
         return to_tensor(batch)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch = epoch
-            order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
-            self._order = order.to(self.images.device)
+            order = torch.randperm(len(self.train), generator=generator(self.seed, "order", epoch))
+            self._order = order.to(self.train.device)
         return self._order
+
+
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether `images` may live on `device` for good: on a GPU, if they take less than RESIDENT of what is free."""
+    if device.type == "cuda":
+        return images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
+    return device.type == "cpu" or images.nbytes <= MPS_BYTES

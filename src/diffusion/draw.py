@@ -186,7 +186,7 @@ def _write_outputs(
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
     }
     paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")
-    images.save_png(images.grid(drawn[:GRID_IMAGES], columns=8, scale=2), paths.SAMPLES / "grid.png")
+    images.save_png(images.grid(drawn[:GRID_IMAGES], columns=8, scale=images.zoom(drawn)), paths.SAMPLES / "grid.png")
     shown = range(min(STRIP_IMAGES, config.num_images))
     strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
-    images.save_png(images.strip(strip.numpy(), scale=2), paths.SAMPLES / "denoising.png")
+    images.save_png(images.strip(strip.numpy(), scale=images.zoom(drawn)), paths.SAMPLES / "denoising.png")

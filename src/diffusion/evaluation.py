@@ -11,12 +11,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
-from diffusion.data import UNREADABLE, load_images, read_npz
+from diffusion.data import UNREADABLE, read_npz, real_images
 from diffusion.distributed import ALONE, World, joined
 from diffusion.errors import UserError
 from diffusion.features import (
@@ -27,10 +26,10 @@ from diffusion.features import (
     WeightsUnavailableError,
     find_inception_weights,
 )
+from diffusion.images import rgb
 from diffusion.metrics import Moments, frechet_distance
 from diffusion.runtime import keep_freed_memory, resolve_device
 
-IMAGE_SHAPE = (32, 32, 3)
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
 
 
@@ -74,7 +73,7 @@ def moments_of(
     what: str,
     world: World = ALONE,
 ) -> Moments:
-    """Moments of the features of uint8 (N, H, W, 3) images, with a progress bar called `what`.
+    """Moments of the features of uint8 (N, H, W, C) images (alpha is ignored), with a progress bar called `what`.
 
     The ranks of `world` share the batches; each returns the moments of all of them, equal to a single process's but for
     float64 rounding, because every image is in the same batch.
@@ -102,7 +101,7 @@ def _moments(
     name = what if world.size == 1 else f"{what} (1 of {world.size} processes)"
     with tqdm(total=sum(map(len, mine)), unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
         for batch in mine:
-            moments.update(extractor(_nchw(torch.from_numpy(batch).to(device))))
+            moments.update(extractor(torch.from_numpy(rgb(batch).copy()).to(device).permute(0, 3, 1, 2)))
             bar.update(len(batch))
     return moments
 
@@ -120,6 +119,7 @@ def make_reference(
     key = {
         "split": split,
         "images": len(images),
+        "image_shape": list(images.shape[1:]),
         "images_sha256": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         "extractor": extractor.describe(),
     }
@@ -138,8 +138,7 @@ def write_references(params: Params, folder: Path = paths.REFERENCE) -> None:
     config = params.evaluate
     keep_freed_memory()
     with joined(config.device) as (world, device):
-        source = {"train": paths.CIFAR10_TRAIN, "test": paths.CIFAR10_TEST}[config.reference_split]
-        images, _ = world.together(lambda: load_images(source))
+        images = world.together(lambda: real_images(config.reference_split))
         weights = world.broadcast(world.together(lambda: _inception_weights(config) if world.is_main else None))
         extractors = world.together(lambda: _extractors(config, weights, len(images), speak=world.is_main))
         if world.is_main:
@@ -165,7 +164,7 @@ def evaluate(
     `about` says how the samples were made and is copied beside each number. No FID with `evaluate.inception: off`.
 
     Raises:
-        UserError: the samples are not uint8 32x32 RGB images or too few, or a reference does not fit.
+        UserError: the samples are not uint8 images or too few, or a reference does not fit, in shape for example.
     """
     config = params.evaluate
     device = resolve_device(config.device)  # "cuda" is the GPU of this rank
@@ -185,7 +184,7 @@ def evaluate(
 
 
 def load_samples(path: Path) -> np.ndarray:
-    """uint8 (N, 32, 32, 3), N >= 2.
+    """uint8 (N, H, W, C), N >= 2.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -196,8 +195,8 @@ def load_samples(path: Path) -> np.ndarray:
         raise UserError(f"{path} is missing: run `dvc repro sample`") from None
     except UNREADABLE as error:
         raise UserError(f"{path} is not an npz file with images ({error}): run `dvc repro -sf sample`") from None
-    if images.dtype != np.uint8 or images.shape[1:] != IMAGE_SHAPE or len(images) < 2:
-        raise UserError(f"{path} holds {images.dtype} {images.shape}, not two or more uint8 images (N, 32, 32, 3)")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4 or len(images) < 2:
+        raise UserError(f"{path} holds {images.dtype} {images.shape}, not two or more uint8 images (N, H, W, C)")
     return images
 
 
@@ -216,7 +215,11 @@ def _judges(
         extractors.append(Inception(_weights_again(config)))
     references = [
         Reference.load(
-            folder / f"{e.metric}.npz", e.describe(), split=config.reference_split, images=reference_images(config, e)
+            folder / f"{e.metric}.npz",
+            e.describe(),
+            split=config.reference_split,
+            images=reference_images(config, e),
+            image_shape=list(images.shape[1:]),
         )
         for e in extractors
     ]
@@ -274,7 +277,3 @@ def _weights_again(config: EvaluateConfig) -> Path:
             f"the reference's Inception weights are gone ({error}): put {INCEPTION_FILE} into "
             f"{paths.WEIGHTS}, or set evaluate.inception: off"
         ) from None
-
-
-def _nchw(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2)

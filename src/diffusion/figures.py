@@ -96,13 +96,12 @@ def noising_frames(
     return np.stack([images, *noisy]), steps
 
 
-def noising_figure(
-    images: np.ndarray, schedule: NoiseSchedule, *, columns: int = 9, scale: int = 3, seed: int = 0
-) -> Figure:
-    """The forward process on uint8 (N, H, W, 3): one row an image, one column a step, headed by t and alpha-bar."""
+def noising_figure(images: np.ndarray, schedule: NoiseSchedule, *, columns: int = 9, seed: int = 0) -> Figure:
+    """The forward process on uint8 (N, H, W, C): one row an image, one column a step, headed by t and alpha-bar."""
+    scale = pictures.zoom(images, 96)
     frames, steps = noising_frames(images, schedule, columns, seed)
     gap, margin, head = 4, 20, 84
-    picture = pictures.strip(frames, gap=gap, scale=scale)
+    picture = pictures.strip(pictures.rgb(frames), gap=gap, scale=scale)
     height, width = picture.shape[:2]
     figure = _pixel_figure(width + 2 * margin, height + head + margin)
     figure.figimage(picture, margin, margin)
@@ -124,13 +123,14 @@ def noising_strip(images: np.ndarray, schedule: NoiseSchedule, path: Path) -> No
 
 
 def comparison_figure(real: np.ndarray, generated: np.ndarray, scores: str, *, columns: int = 8) -> Figure:
-    """The first columns^2 of both sets, uint8 (N, H, W, 3), side by side; `scores` stands under the second's title."""
-    grids = [pictures.grid(images[: columns**2], columns=columns, scale=2) for images in (real, generated)]
+    """The first columns^2 of both sets, uint8 (N, H, W, C), side by side; `scores` stands under the second's title."""
+    shown = [pictures.rgb(images[: columns**2]) for images in (real, generated)]
+    grids = [pictures.grid(images, columns=columns, scale=pictures.zoom(images)) for images in shown]
     margin, head, between = 20, 68, 36
     height = max(picture.shape[0] for picture in grids)
     figure = _pixel_figure(2 * margin + between + sum(g.shape[1] for g in grids), height + head + margin)
     x = margin
-    for picture, title, below in zip(grids, ("Real", "Generated"), ("CIFAR-10, training set", scores), strict=True):
+    for picture, title, below in zip(grids, ("Real", "Generated"), ("training set", scores), strict=True):
         figure.figimage(picture, x, margin + height - picture.shape[0])
         _text(figure, x, margin + height + head - 30, title, 17, weight="bold")
         _text(figure, x, margin + height + 12, below, 14, color=FAINT)

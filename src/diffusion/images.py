@@ -34,6 +34,17 @@ def grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.n
     return np.ascontiguousarray(canvas[: canvas.shape[0] - gap, : canvas.shape[1] - gap])
 
 
+def rgb(images: np.ndarray) -> np.ndarray:
+    """uint8 (..., C), C = 1 to 4 -> (..., 3): grey is repeated, alpha dropped."""
+    colours = images[..., : 1 if images.shape[-1] < 3 else 3]
+    return np.broadcast_to(colours, (*images.shape[:-1], 3))
+
+
+def zoom(images: np.ndarray, pixels: int = 64) -> int:
+    """How many times images uint8 (..., H, W, C) can be enlarged without being higher than `pixels`; at least 1."""
+    return max(1, pixels // images.shape[-3])
+
+
 def strip(frames: np.ndarray, gap: int = 2, scale: int = 1) -> np.ndarray:
     """uint8 (S, N, H, W, C): S stages of N images -> uint8 (H', W', C), one row an image, one column a stage.
 
@@ -47,7 +58,7 @@ def strip(frames: np.ndarray, gap: int = 2, scale: int = 1) -> np.ndarray:
 
 
 def save_png(array: np.ndarray, path: Path) -> None:
-    """Write uint8 (H, W), (H, W, 1) or (H, W, 3) to `path`: equal pixels, equal bytes; whole, or not at all.
+    """Write uint8 (H, W) or (H, W, C), C = 1 to 4, to `path`: equal pixels, equal bytes; whole, or not at all.
 
     Raises:
         ValueError: another shape or type.
@@ -57,7 +68,7 @@ def save_png(array: np.ndarray, path: Path) -> None:
 
 
 def save_all(images: np.ndarray, folder: Path, *, first: int = 0, workers: int | None = None) -> list[Path]:
-    """Write uint8 (N, H, W, C), C = 1 or 3, as folder/00000.png ... from number `first`; the paths in that order.
+    """Write uint8 (N, H, W, C), C = 1 to 4, as folder/00000.png ... from number `first`; the paths in that order.
 
     Raises:
         ValueError: as `save_png`.
@@ -79,8 +90,8 @@ def remove_numbered(folder: Path) -> None:
 def _write(array: np.ndarray, path: Path) -> None:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype != np.uint8 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
-        raise ValueError(f"a picture is uint8 (H, W), (H, W, 1) or (H, W, 3), not {array.dtype} {array.shape}")
+    if array.dtype != np.uint8 or array.shape[2:] not in ((), (2,), (3,), (4,)) or array.ndim < 2:
+        raise ValueError(f"a picture is uint8 (H, W) or (H, W, C), C = 1 to 4, not {array.dtype} {array.shape}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         Image.fromarray(array).save(temporary, format="PNG", compress_level=COMPRESS_LEVEL)

@@ -56,6 +56,7 @@ class Denoiser:
         clip_x0: bool = False,  # clamp x0 to [-1, 1] and make eps agree with it (Ho et al. 2020's sampler)
     ) -> None:
         self.net = net
+        self.image_shape: tuple[int, int, int] = net.image_shape  # type: ignore[assignment]  # (C, H, W)
         self.schedule = schedule
         self.parameterization = PARAMETERIZATIONS[prediction]
         self.dtype = dtype

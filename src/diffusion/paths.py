@@ -18,6 +18,10 @@ CIFAR10_TRAIN = CIFAR10 / "train.npz"
 CIFAR10_TEST = CIFAR10 / "test.npz"
 
 # prepare
+IMAGES = Path("data/images")
+TRAIN_IMAGES = IMAGES / "train.npy"
+TRAIN_LABELS = IMAGES / "train_labels.npy"
+TEST_IMAGES = IMAGES / "test.npy"  # if the source has any
 PREPARED = Path("data/prepared")
 SPLIT = PREPARED / "split.npz"
 DATA_CARD = PREPARED / "data.json"

@@ -41,6 +41,6 @@ def write_previews(trainer: Trainer, folder: Path) -> list[Path]:
     ).numpy()
     name = f"step_{trainer.progress.step:06d}"
     grid, strip = folder / f"{name}.png", folder / f"{name}_denoising.png"
-    images.save_png(images.grid(frames[-1], columns=8, scale=2), grid)
-    images.save_png(images.strip(frames[:, :STRIP_IMAGES], scale=2), strip)
+    images.save_png(images.grid(frames[-1], columns=8, scale=images.zoom(frames)), grid)
+    images.save_png(images.strip(frames[:, :STRIP_IMAGES], scale=images.zoom(frames)), strip)
     return [grid, strip]

@@ -10,7 +10,7 @@ import jinja2
 
 from diffusion import figures, paths
 from diffusion.config import Params
-from diffusion.data import load_images
+from diffusion.data import real_images
 from diffusion.errors import UserError
 from diffusion.evaluation import load_samples
 from diffusion.schedules import make_schedule
@@ -23,7 +23,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Diffusion on CIFAR-10: report</title>
+<title>Diffusion: report</title>
 <style>
   :root { color-scheme: light dark; --ink: #1f2328; --faint: #59636e; --line: #d8dee4; --paper: #fff; }
   @media (prefers-color-scheme: dark) {
@@ -41,7 +41,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
   td, th { text-align: left; padding: .25rem 1.5rem .25rem 0;
   border-bottom: 1px solid var(--line); font-weight: normal; } th { color: var(--faint); }
 </style>
-<h1>Diffusion on CIFAR-10</h1>
+<h1>Diffusion</h1>
 <p>{{ summary }}</p>
 <dl>{% for name, value in headline %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% for title, picture in pictures %}
@@ -77,7 +77,7 @@ def report(params: Params) -> None:
     """
     trained, evaluated = _read_json(paths.TRAIN_METRICS), _read_json(paths.EVALUATE_METRICS)
     scores = {name: value for name, value in evaluated.items() if name != "about"}
-    real, generated = load_images(paths.CIFAR10_TRAIN)[0], load_samples(paths.SAMPLES_NPZ)
+    real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
     folder, diffusion = paths.REPORT, params.diffusion
     comparison = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
     schedule = make_schedule(diffusion.schedule, diffusion.num_steps)

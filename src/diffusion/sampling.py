@@ -16,9 +16,7 @@ from diffusion.noise import standard_normals
 from diffusion.parameterization import Denoiser
 from diffusion.samplers import configured
 from diffusion.schedules import sampling_timesteps
-from diffusion.unet import IMAGE_CHANNELS, IMAGE_SIZE
 
-SHAPE = (IMAGE_CHANNELS, IMAGE_SIZE, IMAGE_SIZE)
 CPU_BATCH = 256
 CUDA_BATCH = 4096  # tried first; from there on only the memory grows, and what a stop loses
 COMPILE_FROM = 5_000_000  # network evaluations of one image: fewer are done before the compiler is
@@ -32,7 +30,7 @@ def trajectory(
     device: torch.device,
 ) -> Iterator[Tensor]:
     """X after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last."""
-    noise = standard_normals(seed, indices, SHAPE, device)
+    noise = standard_normals(seed, indices, denoiser.image_shape, device)
     timesteps = sampling_timesteps(config.spacing, denoiser.schedule.num_steps, config.steps)
     x_T = next(noise)
     yield x_T
@@ -134,7 +132,7 @@ class Drawing:
 
 @torch.inference_mode()
 def _fits(denoiser: Denoiser, size: int, device: torch.device) -> bool:
-    x = torch.zeros((size, *SHAPE), device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.zeros((size, *denoiser.image_shape), device=device).contiguous(memory_format=torch.channels_last)
     try:
         denoiser(x, torch.zeros(size, dtype=torch.long, device=device))
     except torch.OutOfMemoryError:

@@ -88,6 +88,8 @@ class Trainer:
         self.share = world.share(config.train.batch_size)  # positions in the batch
         if world.size > config.train.batch_size:
             world.fail(f"{world.size} processes cannot share train.batch_size = {config.train.batch_size}: raise it")
+        if data.image_shape != (shape := config.model.image_shape):
+            world.fail(f"the images have the shape {data.image_shape} and the model wants {shape}: run `dvc repro`")
         use_fast_kernels(device)
         self.dtype = resolve_precision(config.train.precision, device)
         self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(device)
@@ -100,8 +102,8 @@ class Trainer:
         weight, timesteps = config.train.loss_weight, config.train.timesteps
         self.loss = Loss(self.schedule, config.diffusion.prediction, weight, self.dtype, timesteps)
         size, flip = config.train.batch_size, config.train.flip
-        self.batches = Batches(data.train, size, config.seed, flip=flip, device=device, share=self.share)
-        self.val = to_tensor(data.val.to(device))
+        self.batches = Batches(data, size, config.seed, flip=flip, device=device, share=self.share)
+        self.val = to_tensor(data.images[data.val].to(device))
         self.progress = Progress()
         self.reads_every_step = device.type == "cpu"  # there it costs nothing
         self._unread: list[Tensor] = []  # [loss, gradient norm] of the steps that `settle` has not seen

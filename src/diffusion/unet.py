@@ -17,24 +17,22 @@ from diffusion.layers import (
     zeroed,
 )
 
-IMAGE_SIZE = 32
-IMAGE_CHANNELS = 3
-
 
 class UNet(nn.Module):
     """net(x, t) -> what diffusion.prediction says, the shape of x.
 
-    x: (B, 3, 32, 32) in [-1, 1] plus noise; t: int (B,). patch_size p moves p x p pixels into channels first, so the
-    first level works at 32 / p: most of the quality at a fraction of the cost on small machines.
+    x: (B, image_channels, image_size, image_size) in [-1, 1] plus noise; t: int (B,). patch_size p moves p x p pixels
+    into channels first, so the first level works at image_size / p: most of the quality at a fraction of the cost.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        patch_channels = IMAGE_CHANNELS * config.patch_size**2
+        self.image_shape = config.image_shape
+        patch_channels = config.image_channels * config.patch_size**2
         width = 4 * config.channels
         levels = [config.channels * m for m in config.multipliers]
-        size = IMAGE_SIZE // config.patch_size
+        size = config.image_size // config.patch_size
 
         def block(channels_in: int, channels_out: int, size: int) -> "Block":
             attend = size in config.attention_resolutions

@@ -1,0 +1,178 @@
+"""Own images from folders, zips and npz files, against pictures whose pixels are known."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion import sources
+from diffusion.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def pixels(count: int, size: int = 16, channels: int = 3) -> np.ndarray:
+    return RNG.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def folder_of(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def zip_of(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def images_of(source: sources.Source) -> np.ndarray:
+    return np.concatenate([chunk.copy() for chunk in source.chunks()])
+
+
+def refused(path: Path, *, size: int = 16, channels: int = 3) -> str:
+    with pytest.raises(UserError) as caught:
+        images_of(sources.open_source(path, size, channels))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("chunk", [2, 1000])
+def test_folder_zip_and_npz_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    images, labels = pixels(7), np.array([0, 0, 1, 1, 1, 2, 2], np.uint8)
+    names = ["cat/1.png", "cat/b/2.PNG", "dog/0.png", "dog/1.png", "dog/2.png", "owl/a.png", "owl/b.png"]
+    files = {name: encoded(image) for name, image in zip(names, images, strict=True)}
+    clutter = {"cat/notes.txt": b"x", ".git/a.png": b"x", "dog/.hidden.png": b"x", "__MACOSX/cat/1.png": b"x"}
+    np.savez_compressed(tmp_path / "own.npz", images=images, labels=labels)
+    shuffled = dict(reversed({**files, **clutter}.items()))
+    found = [
+        folder_of(tmp_path / "own", shuffled),
+        zip_of(tmp_path / "own.zip", shuffled),
+        zip_of(tmp_path / "top.zip", {f"my/photos/{name}": content for name, content in files.items()}),
+        tmp_path / "own.npz",
+    ]
+    for path in found:
+        source = sources.open_source(path, 16, 3)
+        assert source.shape == (7, 16, 16, 3)
+        np.testing.assert_array_equal(source.labels, labels)
+        np.testing.assert_array_equal(images_of(source), images)
+        np.testing.assert_array_equal(images_of(source), images)  # a second pass
+        assert source.test is None
+
+
+def test_pictures_without_class_folders_have_one_label(tmp_path: Path) -> None:
+    files = {"a.png": encoded(pixels(1)[0]), "b/c.png": encoded(pixels(1)[0])}
+    assert sources.open_source(folder_of(tmp_path / "x", files), 16, 3).labels.tolist() == [0, 0]
+
+
+def test_a_folder_like_the_download_stages_brings_its_test_images(tmp_path: Path) -> None:
+    train, test = pixels(5), pixels(3)
+    np.savez(tmp_path / "train.npz", images=train, labels=np.arange(5))
+    assert sources.open_source(tmp_path, 16, 3).test is None
+    np.savez(tmp_path / "test.npz", images=test)
+    source = sources.open_source(tmp_path, 16, 3)
+    assert source.labels.tolist() == [0, 1, 2, 3, 4]
+    assert source.test is not None
+    np.testing.assert_array_equal(images_of(source.test), test)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_have_the_channels_that_are_asked_for(tmp_path: Path, channels: int) -> None:
+    images = pixels(3, channels=channels)
+    path = folder_of(tmp_path / "x", {f"{i}.png": encoded(image) for i, image in enumerate(images)})
+    np.testing.assert_array_equal(images_of(sources.open_source(path, 16, channels)), images)
+
+
+def test_colours_become_grey_by_the_weights_of_rec_601(tmp_path: Path) -> None:
+    image = pixels(1)[0]
+    path = folder_of(tmp_path / "x", {"0.png": encoded(image)})
+    grey = images_of(sources.open_source(path, 16, 1))[0, :, :, 0]
+    np.testing.assert_allclose(grey, image @ np.array([0.299, 0.587, 0.114]), atol=0.6)
+
+
+def test_what_is_transparent_is_shown_on_white(tmp_path: Path) -> None:
+    image = pixels(1, channels=4)[0]
+    image[:8, :, 3], image[8:, :, 3] = 0, 255
+    path = folder_of(tmp_path / "x", {"0.png": encoded(image)})
+    shown = images_of(sources.open_source(path, 16, 3))[0]
+    assert (shown[:8] == 255).all()
+    np.testing.assert_array_equal(shown[8:], image[8:, :, :3])
+
+
+def test_larger_pictures_are_resized_and_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = np.full((48, 48, 3), (10, 200, 90), np.uint8)
+    path = folder_of(tmp_path / "x", {"0.png": encoded(flat), "1.png": encoded(flat[:16, :16])})
+    images = images_of(sources.open_source(path, 16, 3))
+    assert (images == flat[:16, :16]).all()
+    assert "1 of 2 pictures were resized to 16 x 16" in capsys.readouterr().out
+
+
+def test_photos_are_turned_as_their_camera_says(tmp_path: Path) -> None:
+    image = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    image.paste((255, 255, 255), (0, 0, 16, 8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise: the white top becomes the right side
+    tmp_path.joinpath("x").mkdir()
+    image.save(tmp_path / "x/0.png", exif=exif)
+    turned = images_of(sources.open_source(tmp_path / "x", 16, 3))[0]
+    assert (turned[:, 8:] == 255).all()
+    assert (turned[:, :8] == 0).all()
+
+
+def test_what_cannot_be_used_is_one_line_that_names_it(tmp_path: Path) -> None:
+    good = encoded(pixels(1)[0])
+    wide = encoded(RNG.integers(0, 256, (16, 20, 3), dtype=np.uint8))
+    deep = io.BytesIO()
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(deep, "png")
+    assert "not there" in refused(tmp_path / "nowhere")
+    assert "no pictures" in refused(folder_of(tmp_path / "empty", {"a.txt": b""}))
+    for name, content, reason in (
+        ("torn", good[:-40], "b.png is damaged"),
+        ("text", b"hello", "b.png is damaged"),
+        ("wide", wide, "b.png has 20 x 16 pixels: crop"),
+        ("deep", deep.getvalue(), "b.png does not have 8 bits"),
+    ):
+        assert reason in refused(folder_of(tmp_path / name, {"a.png": good, "b.png": content}))
+        assert reason in refused(zip_of(tmp_path / f"{name}.zip", {"a.png": good, "b.png": content}))
+    tmp_path.joinpath("torn2.zip").write_bytes(tmp_path.joinpath("torn.zip").read_bytes()[:-30])
+    assert "cannot be used" in refused(tmp_path / "torn2.zip")
+
+
+def test_a_zips_huge_member_is_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", b"\0" * (sources.LARGEST + 1))
+    assert "more than 64 MiB" in refused(path)
+
+
+def test_arrays_that_do_not_fit_say_which_keys_would(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    np.savez(path, images=pixels(4, size=24, channels=1))
+    assert "set model.image_size: 24 and model.image_channels: 1" in refused(path)
+    np.savez(path, images=pixels(4)[:, :, :8])
+    assert "square" in refused(path)
+    np.savez(path, images=pixels(4).astype(np.float32))
+    assert "not uint8" in refused(path)
+    np.savez(path, images=pixels(4), labels=np.arange(3))
+    assert "not integers (4,)" in refused(path)
+    np.savez(path, pictures=pixels(4))
+    assert "images.npy" in refused(path)
+    np.savez(path, images=pixels(4))
+    path.write_bytes(path.read_bytes()[:-500])
+    assert "cannot be used" in refused(path)
