@@ -114,16 +114,14 @@ def test_mapped_images_do_not_stay_in_memory(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)  # 61 MB
     np.save(tmp_path / "mapped.npy", images)
     mapped = np.load(tmp_path / "mapped.npy", mmap_mode="c")
-    dataset = data.Dataset(
-        torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", data.unmapped_pages(mapped)
-    )
+    dataset = data.Dataset(torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", data.releases(mapped))
     batches = data.Batches(dataset, 100, seed=0, flip=False, device=CPU)
     for step in range(200):
         torch.testing.assert_close(batches(step), data.to_tensor(images[batches.indices(step)]), rtol=0, atol=0)
         assert resident_kib("mapped.npy") == 0
     assert int(mapped.astype(np.int64).sum()) == int(images.astype(np.int64).sum())
     assert resident_kib("mapped.npy") > 55_000  # so the measure sees what is read
-    dataset.release()
+    dataset.read(torch.arange(5))
     assert resident_kib("mapped.npy") == 0
 
 

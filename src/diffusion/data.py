@@ -1,5 +1,6 @@
 """Images as tensors: the exact uint8 <-> [-1, 1] map, the train/validation split, and batches by (seed, step)."""
 
+import dataclasses
 import hashlib
 import json
 import mmap
@@ -19,6 +20,7 @@ from diffusion.runtime import generator
 
 RESIDENT = 0.4  # of a GPU's free memory, at most, for the training images
 MPS_BYTES = 2 * 2**30  # the same on MPS, which shares the host's memory
+READ = 64  # images read at once from a map, of which each may bring up to 2 MiB of pages into memory
 
 
 def to_tensor(images: np.ndarray | Tensor) -> Tensor:
@@ -107,16 +109,12 @@ def real_images(split: str) -> np.ndarray:
     return images
 
 
-def unmapped_pages(images: np.ndarray) -> Callable[[], None]:
-    """A function that takes the pages read so far of mapped `images` out of this process's memory, not of the cache."""
+def releases(images: np.ndarray) -> Callable[[], None] | None:
+    """What takes the pages read so far of mapped `images` out of this process's memory; they stay in the page cache."""
     pages = images.base
     if not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return nothing
+        return None
     return lambda: pages.madvise(mmap.MADV_DONTNEED)  # nothing is lost: no page was written to
-
-
-def nothing() -> None:
-    """Images in memory have no pages to give back."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class Dataset:
     train: Tensor  # int64 indices
     val: Tensor
     digest: str
-    release: Callable[[], None] = nothing  # of mapped pages
+    release: Callable[[], None] | None = None  # of mapped pages; None = the images are in memory, or on a GPU
 
     @staticmethod
     def load() -> "Dataset":
@@ -145,13 +143,23 @@ class Dataset:
         if max(train.max(), val.max()) >= len(images):
             raise UserError(f"{paths.PREPARED} does not belong to {paths.IMAGES}: run `dvc repro -sf prepare`")
         indices = torch.from_numpy(train), torch.from_numpy(val)
-        return Dataset(torch.from_numpy(images), *indices, card["digest"], unmapped_pages(images))
+        return Dataset(torch.from_numpy(images), *indices, card["digest"], releases(images))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W), as networks see it."""
         height, width, channels = self.images.shape[1:]
         return channels, height, width
+
+    def read(self, rows: Tensor) -> Tensor:
+        """uint8 (len(rows), H, W, C), copied; mapped pages are given back, so that memory does not grow with N."""
+        if self.release is None:
+            return self.images.index_select(0, rows)
+        parts = []
+        for some in rows.split(READ):
+            parts.append(self.images.index_select(0, some))
+            self.release()
+        return torch.cat(parts)
 
 
 class Batches:
@@ -172,15 +180,14 @@ class Batches:
         share: range | None = None,  # contiguous; None = all
     ) -> None:
         self.resident = fits(data.images, device)
-        self.images = data.images.to(device) if self.resident else data.images
-        self.train = data.train.to(self.images.device)
+        self.data = dataclasses.replace(data, images=data.images.to(device), release=None) if self.resident else data
+        self.train = data.train.to(self.data.images.device)
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
         self.device = device
         self.share = slice(share.start, share.stop) if share is not None else slice(None)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-        self._release = data.release
 
     def indices(self, step: int) -> Tensor:
         """int64 (B,): which images make the batch of `step` (from 0); an epoch ends inside a batch, none is dropped."""
@@ -194,8 +201,7 @@ class Batches:
     def __call__(self, step: int) -> Tensor:
         """float32 (B, C, H, W) in [-1, 1] on the device; B = the size of the share."""
         rows = self.indices(step)[self.share]
-        batch = self.images.index_select(0, rows)
-        self._release()  # one image may map two megabytes: the page cache keeps them, this process need not
+        batch = self.data.read(rows)
         if not self.resident:
             pinned = batch.pin_memory() if self.device.type == "cuda" else batch
             batch = pinned.to(self.device, non_blocking=True)
@@ -214,7 +220,7 @@ class Batches:
 
 
 def fits(images: Tensor, device: torch.device) -> bool:
-    """Whether `images` may live on `device` for good: on a GPU, if they take less than RESIDENT of what is free."""
+    """Whether `images` may live on the GPU `device` for good: if they take less than RESIDENT of what is free."""
     if device.type == "cuda":
         return images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
-    return device.type == "cpu" or images.nbytes <= MPS_BYTES
+    return device.type == "mps" and images.nbytes <= MPS_BYTES

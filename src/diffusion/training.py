@@ -103,7 +103,7 @@ class Trainer:
         self.loss = Loss(self.schedule, config.diffusion.prediction, weight, self.dtype, timesteps)
         size, flip = config.train.batch_size, config.train.flip
         self.batches = Batches(data, size, config.seed, flip=flip, device=device, share=self.share)
-        self.val = to_tensor(data.images[data.val].to(device))
+        self.val = to_tensor(data.read(data.val).to(device))
         self.progress = Progress()
         self.reads_every_step = device.type == "cpu"  # there it costs nothing
         self._unread: list[Tensor] = []  # [loss, gradient norm] of the steps that `settle` has not seen
