@@ -38,7 +38,7 @@ report: setup  ## draw the report page from what the pipeline made
 bench: setup  ## measure quality and speed, ours and peers', about 40 minutes (writes benchmarks/results/)
 	@dvc repro prepare
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
-	@for name in laptop_quality train_speed sample_speed overheads time_to_quality; do \
+	@for name in laptop_quality train_speed sample_speed overheads data_scale time_to_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
 
 clean:  ## remove checkpoints, downloads and the virtual environment; DVC's cache and MLflow's store stay

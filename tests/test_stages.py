@@ -60,6 +60,24 @@ def test_every_recipe_runs_through_every_stage(workspace: Path, recipe: str) -> 
         assert picture.stat().st_size > 500
 
 
+def test_images_of_ones_own_run_through_every_stage(workspace: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        picture = Path("photos", "ab"[i % 2], f"{i}.png")
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(picture)
+    shape = {"data.source": "photos", "model.image_size": 16, "model.image_channels": 1}
+    write_params(**shape, **{"evaluate.reference_images": 50})
+    run_all("download", "prepare", "reference", "train", "sample", "evaluate", "report")
+    with np.load(paths.SAMPLES_NPZ) as archive:
+        samples = archive["images"]
+    assert (samples.dtype, samples.shape) == (np.uint8, (12, 16, 16, 1))
+    picture = Image.open(paths.SAMPLES / "png/00003.png")
+    assert picture.mode == "L"
+    np.testing.assert_array_equal(np.asarray(picture), samples[3, ..., 0])
+    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"] > 0
+
+
 def test_curves_and_previews_are_complete(workspace: Path) -> None:
     write_params()
     run_all("prepare", "train")

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from diffusion import paths
 from diffusion.data import UNREADABLE, read_npz
@@ -78,7 +79,7 @@ def _pictures(path: Path, found: Sequence[Picture], size: int, channels: int) ->
                 resized += sum(was_resized for _, was_resized in decoded)
                 yield np.stack([array for array, _ in decoded])
         if resized:
-            print(f"{path}: {resized:,} of {len(pictures):,} pictures were resized to {size} x {size} pixels")
+            tqdm.write(f"{path}: {resized:,} of {len(pictures):,} pictures were resized to {size} x {size} pixels")
 
     return Source((len(pictures), size, size, channels), _folder_labels([name for name, _ in pictures]), chunks)
 
@@ -94,6 +95,8 @@ def _decode(path: Path, picture: Picture, size: int, channels: int) -> tuple[np.
     name, read = picture
     try:
         image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
+    except UnidentifiedImageError:
+        raise UserError(f"data.source = {path}: {name} is damaged (no picture): repair or remove it") from None
     except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken PNG files
         raise UserError(f"data.source = {path}: {name} is damaged ({error}): repair or remove it") from None
     if image.mode not in EIGHT_BIT:
