@@ -35,7 +35,7 @@ ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report
 
-bench: setup  ## measure quality and speed, ours and peers', about 40 minutes (writes benchmarks/results/)
+bench: setup  ## measure quality and speed, ours and peers', about 55 minutes (writes benchmarks/results/)
 	@dvc repro prepare
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@for name in laptop_quality train_speed sample_speed overheads data_scale time_to_quality; do \
