@@ -78,7 +78,13 @@ def run(arguments: argparse.Namespace) -> None:
     images, labels = load_images(arguments.data)
     train, val = split(labels, params.data.val_images, params.seed)
     sha256 = digest(images.shape, [images], labels)
-    data = Dataset(torch.from_numpy(images), torch.from_numpy(train), torch.from_numpy(val), sha256)
+    data = Dataset(
+        torch.from_numpy(images),
+        torch.from_numpy(train),
+        torch.from_numpy(val),
+        sha256,
+        torch.from_numpy(labels).long(),
+    )
     device = resolve_device(params.train.device)
     task = Task(
         params=params,

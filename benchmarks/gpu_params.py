@@ -4,6 +4,7 @@ Every scalar is taken as text and converted by its key's type, so that YAML 1.1 
 the pipeline's YAML 1.2 cannot differ. tests/test_gpu_benchmark.py holds it against `config.load`.
 """
 
+import contextlib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from diffusion.config import Params, Range, allowed, schema
+from diffusion.config import Params, schema
 from diffusion.errors import UserError
+from diffusion.ranges import Range, allowed
 
 NULL = ("null", "~", "")
 
@@ -64,10 +66,18 @@ def _converted(text: Any, kind: Any) -> Any:
             raise ValueError(text)
         return tuple(_converted(item, inner[i] if one_each else inner[0]) for i, item in enumerate(text))
     if origin in (Union, types.UnionType):
-        return None if text in NULL else _converted(text, next(k for k in inner if k is not type(None)))
+        return None if type(None) in inner and text in NULL else _first(text, inner)
     scalars: Mapping[Any, Callable[[str], Any]] = {bool: lambda t: {"true": True, "false": False}.get(t, _Refused)}
     value = scalars.get(kind, kind)(text)
     return _refuse(text) if value is _Refused else value
+
+
+def _first(text: Any, kinds: Iterable[Any]) -> Any:
+    """What the first of `kinds` makes of `text` that can."""
+    for kind in kinds:
+        with contextlib.suppress(ValueError, TypeError):
+            return _converted(text, kind)
+    return _refuse(text)
 
 
 class _Refused:

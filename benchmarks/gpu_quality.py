@@ -25,7 +25,7 @@ from diffusion.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics import Moments, frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import resolve_precision
-from diffusion.schedules import make_schedule
+from diffusion.schedules import configured_schedule
 from diffusion.training import MAX_BAD_STEPS, Trainer, fingerprint
 
 UNTIL_FITTED = 10**9  # steps; the warm-up, which the first seconds are, does not depend on their number
@@ -200,7 +200,7 @@ def _write_curves(trainer: Trainer, folder: Path) -> None:
 def _denoiser(net: torch.nn.Module, config: TrainedConfig, task: Task) -> Denoiser:
     return Denoiser(
         net.to(task.device),
-        make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(task.device),
+        configured_schedule(config.diffusion).to(task.device),
         config.diffusion.prediction,
         dtype=resolve_precision(task.params.sample.precision, task.device),
         clip_x0=task.params.sample.clip_x0,

@@ -25,7 +25,7 @@ from diffusion import sampling
 from diffusion.config import Params, trained
 from diffusion.data import Dataset
 from diffusion.parameterization import Denoiser
-from diffusion.schedules import make_schedule
+from diffusion.schedules import configured_schedule
 from diffusion.training import Trainer
 from diffusion.unet import UNet
 
@@ -176,7 +176,7 @@ def _our_sampling(
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     params = with_compile(params, "sample", compiled)
-    schedule = make_schedule(params.diffusion.schedule, params.diffusion.num_steps).to(device)
+    schedule = configured_schedule(params.diffusion).to(device)
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)
     config = dataclasses.replace(params.sample, sampler="ddim", eta=0.0, steps=EVALUATIONS)
     images = range(config.batch_size or SAMPLING_BATCH)

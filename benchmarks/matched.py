@@ -47,4 +47,6 @@ def data(count: int = 10_000) -> Dataset:
         images = torch.from_numpy(real_images("train")[:count])
     else:
         images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8)
-    return Dataset(images, torch.arange(256, count), torch.arange(256), "benchmark")
+    return Dataset(
+        images, torch.arange(256, count), torch.arange(256), "benchmark", torch.zeros(count, dtype=torch.long)
+    )

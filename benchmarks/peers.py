@@ -62,30 +62,13 @@ def diffusers_unet(model: ModelConfig) -> Any:
 
     Raises:
         ImportError: diffusers is not there.
-        ValueError: it has no patch stem.
+        UserError: it has no counterpart, such as a patch stem.
     """
     from diffusers import UNet2DModel
 
-    if model.patch_size != 1:
-        raise ValueError("diffusers' UNet2DModel has no patch stem: use a model with patch_size 1")
-    sizes = [model.image_size >> level for level in range(len(model.multipliers))]
-    attends = [size in model.attention_resolutions for size in sizes]
-    return UNet2DModel(
-        sample_size=model.image_size,
-        in_channels=model.image_channels,
-        out_channels=model.image_channels,
-        block_out_channels=tuple(model.channels * m for m in model.multipliers),
-        layers_per_block=model.num_blocks,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=model.head_channels,
-        norm_num_groups=model.norm_groups,
-        dropout=model.dropout,
-        norm_eps=1e-6,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        downsample_padding=0,
-    )
+    from diffusion.interchange import unet_config
+
+    return UNet2DModel.from_config(unet_config(model))
 
 
 class DiffusersTraining:
@@ -117,7 +100,7 @@ class DiffusersTraining:
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
         )
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+        self.scheduler: Any = DDPMScheduler(num_train_timesteps=1000)
         self.batch, self.steps = images(data, config, device), 0
 
     def __call__(self) -> None:

@@ -18,7 +18,7 @@ from diffusion import sampling
 from diffusion.config import load
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import keep_freed_memory, resolve_precision
-from diffusion.schedules import make_schedule
+from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def our_sampling(batch_size: int, steps: int) -> Callable[[], object]:
     keep_freed_memory()  # as the stage does
     params = matched.params(batch_size)
     net = UNet(params.model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    schedule = make_schedule(params.diffusion.schedule, params.diffusion.num_steps)
+    schedule = configured_schedule(params.diffusion)
     dtype = resolve_precision("auto", CPU)
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)
     config = load(

@@ -70,7 +70,7 @@ def tiny_data() -> Dataset:
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (52, 4, 4, 3), dtype=np.uint8)
     images = torch.from_numpy(coarse.repeat(8, axis=1).repeat(8, axis=2))
-    return Dataset(images, torch.arange(40), torch.arange(40, 52), "tiny")
+    return Dataset(images, torch.arange(40), torch.arange(40, 52), "tiny", torch.arange(52) % 10)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_the_matched_network_is_the_one_that_is_announced(script: Any) -> None:
 
 
 def test_peers_networks_match(script: Any) -> None:
-    pytest.importorskip("diffusers", reason="bench packages: make bench installs them")
+    pytest.importorskip("denoising_diffusion_pytorch", reason="bench packages: make bench installs them")
     matched, peers, rates = script("matched"), script("peers"), script("rates")
     theirs = peers.diffusers_unet(matched.diffusers_model(128))
     ours = UNet(matched.params(128).model)

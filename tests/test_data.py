@@ -61,7 +61,9 @@ def numbered(count: int) -> data.Dataset:
     """Image i is filled with i on its left half and 255 - i on its right; the last five are for validation."""
     column = torch.arange(count + 5, dtype=torch.uint8).view(-1, 1, 1, 1)
     images = torch.cat([column.expand(-1, 4, 2, 3), 255 - column.expand(-1, 4, 2, 3)], dim=2).contiguous()
-    return data.Dataset(images, torch.arange(count), torch.arange(count, count + 5), "numbered")
+    return data.Dataset(
+        images, torch.arange(count), torch.arange(count, count + 5), "numbered", torch.arange(count + 5)
+    )
 
 
 def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
@@ -114,7 +116,9 @@ def test_mapped_images_do_not_stay_in_memory(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)  # 61 MB
     np.save(tmp_path / "mapped.npy", images)
     mapped = np.load(tmp_path / "mapped.npy", mmap_mode="c")
-    dataset = data.Dataset(torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", data.releases(mapped))
+    dataset = data.Dataset(
+        torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", torch.arange(20_000), data.releases(mapped)
+    )
     batches = data.Batches(dataset, 100, seed=0, flip=False, device=CPU)
     for step in range(200):
         torch.testing.assert_close(batches(step), data.to_tensor(images[batches.indices(step)]), rtol=0, atol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.loss import TIMESTEPS, Loss, min_snr_weight
+from diffusion.loss import TIMESTEPS, Loss, min_snr_weight, own_weight
 from diffusion.runtime import generator
 from diffusion.schedules import make_schedule
 
@@ -60,8 +60,39 @@ def test_min_snr_makes_the_three_targets_one_objective() -> None:
     x0_error = torch.tensor([0.3, 0.2, 0.1]).double()
     eps_error = x0_error * snr  # |d eps|^2 = |d x0|^2 a^2 / s^2 at fixed x_t
     v_error = x0_error / (1 - alpha_bar)  # v = (a x_t - x0) / s
-    for prediction, error in (("x0", x0_error), ("eps", eps_error), ("v", v_error)):
+    edm_error = x0_error * (0.5**2 + (1 - alpha_bar) / alpha_bar) * alpha_bar / (1 - alpha_bar) / 0.5**2  # / c_out^2
+    for prediction, error in (("x0", x0_error), ("eps", eps_error), ("v", v_error), ("edm", edm_error)):
         torch.testing.assert_close(min_snr_weight(snr, prediction) * error, snr.clamp(max=5) * x0_error)
+
+
+def test_an_objectives_own_weight_is_its_papers() -> None:
+    """Salimans & Ho 2022, section 4: max(SNR, 1) on x0, SNR + 1 on x0 for v; Ho et al. 2020: 1 on eps."""
+    snr = torch.tensor([0.01, 1.0, 5.0])
+    torch.testing.assert_close(own_weight(snr, "x0"), torch.tensor([1.0, 1.0, 5.0]))
+    for prediction in ("eps", "v", "edm"):
+        assert own_weight(snr, prediction).tolist() == [1.0] * 3
+
+
+def test_edms_target_has_the_variance_of_its_input() -> None:
+    """Karras et al. 2022, appendix B.6: inputs and targets have unit variance at every sigma, if sigma_data is true."""
+    schedule = make_schedule("edm", 5)
+    loss, recorder = Loss(schedule, "edm", "own", torch.float32), Recorder()
+    x0 = 0.5 * torch.randn((5, 3, 64, 64), generator=generator(0, "x0"))
+    eps = torch.randn(x0.shape, generator=generator(0, "eps"))
+    square = loss.per_image(Zero(), x0, torch.arange(5), eps)
+    loss.per_image(recorder, x0, torch.arange(5), eps)
+    torch.testing.assert_close(square, torch.ones(5), rtol=0.05, atol=0)
+    torch.testing.assert_close(recorder.x[0].square().mean(dim=(1, 2, 3)), torch.ones(5), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["edm", "cosine"])
+def test_lognormal_timesteps_have_edms_sigmas(name: str) -> None:
+    """Ln sigma is normal with mean -1.2 and deviation 1.2 (Karras et al. 2022, table 1)."""
+    schedule = make_schedule(name, 1000)
+    t = TIMESTEPS["lognormal"](schedule, 50_000, generator(0, "t"))
+    log_sigma = -schedule.log_ratio()[t]
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=0.03)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.03)
 
 
 def test_training_draws_from_its_source_alone() -> None:
@@ -107,12 +138,12 @@ def test_bf16_is_the_networks_alone() -> None:
 
 @pytest.mark.parametrize("name", ["uniform", "stratified"])
 def test_every_timestep_is_equally_likely_at_every_place_of_a_batch(name: str) -> None:
-    draws = torch.stack([TIMESTEPS[name](10, 4, generator(0, "t", i)) for i in range(4000)])
+    draws = torch.stack([TIMESTEPS[name](make_schedule("cosine", 10), 4, generator(0, "t", i)) for i in range(4000)])
     counts = torch.stack([draws.eq(t).sum(dim=0) for t in range(10)])  # (t, place)
     assert counts.sum(dim=0).tolist() == [4000] * 4
     assert float((counts - 400).abs().max()) < 5 * 400**0.5  # five standard deviations
 
 
 def test_stratified_timesteps_hold_one_of_each_part() -> None:
-    t = TIMESTEPS["stratified"](1000, 8, generator(0, "t"))
+    t = TIMESTEPS["stratified"](make_schedule("cosine", 1000), 8, generator(0, "t"))
     assert t.div(125, rounding_mode="floor").sort().values.tolist() == list(range(8))

@@ -4,13 +4,13 @@ from torch import Tensor, nn
 
 from diffusion.parameterization import PARAMETERIZATIONS, Denoiser
 from diffusion.process import q_sample, signal_and_noise
-from diffusion.schedules import make_schedule
+from diffusion.schedules import SCHEDULES, make_schedule
 
 
 class Constant(nn.Module):
     """Answers with what it was given."""
 
-    image_shape = (3, 8, 8)
+    image_shape, num_classes = (3, 8, 8), None
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Constant(nn.Module):
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
-@pytest.mark.parametrize("schedule_name", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_the_target_leads_back_to_x0_and_eps_at_each_t(name: str, schedule_name: str) -> None:
     schedule = make_schedule(schedule_name, 1000)
     t = torch.arange(1000)
@@ -46,6 +46,56 @@ def test_v_is_the_derivative_of_x_along_the_circle() -> None:
     x = [torch.cos(p) * x0 + torch.sin(p) * eps for p in (phi - h, phi + h)]
     v = PARAMETERIZATIONS["v"].target(x0, eps, torch.cos(phi), torch.sin(phi))
     torch.testing.assert_close(v, (x[1] - x[0]) / (2 * h), rtol=0, atol=1e-8)
+
+
+def test_edm_is_the_papers_preconditioning() -> None:
+    """Karras et al. 2022, table 1: D(x; sigma) = c_skip x + c_out F(c_in x) with x = x0 + sigma eps, sigma_data 0.5."""
+    schedule = make_schedule("edm", 50)
+    t = torch.arange(50)
+    x0, eps, out = torch.randn((3, 50, 3, 4, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, s = signal_and_noise(schedule, t, x0)
+    sigma, sigma_data = s / a, 0.5
+    x = x0 + sigma * eps
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+    edm, x_t = PARAMETERIZATIONS["edm"], q_sample(schedule, x0, t, eps)
+    torch.testing.assert_close(edm.net_input(x_t, a, s), c_in * x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(edm.x0(out, x_t, a, s), c_skip * x + c_out * out, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(edm.target(x0, eps, a, s), (x0 - c_skip * x) / c_out, rtol=1e-6, atol=1e-6)
+    weight = (sigma**2 + sigma_data**2) / (
+        sigma * sigma_data
+    ) ** 2  # lambda(sigma): it makes the error of F count alike
+    torch.testing.assert_close(edm.of_x0_error(schedule.snr()), weight.flatten(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["x0", "v", "edm"])
+def test_nothing_is_infinite_without_signal(name: str) -> None:
+    schedule = make_schedule("cosine", 10, zero_terminal_snr=True)
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([9, 9])
+    prediction = Denoiser(Constant(torch.full((2, 3, 8, 8), 0.5)), schedule, name)(x_t, t)
+    assert prediction.x0.isfinite().all()
+    torch.testing.assert_close(prediction.eps, x_t, rtol=0, atol=1e-6)
+
+
+class ByClass(nn.Module):
+    """Answers with the label, -1 for none."""
+
+    image_shape, num_classes = (1, 2, 2), 10
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        known = torch.full_like(t, -1) if labels is None else labels
+        return known.float().view(-1, 1, 1, 1).expand_as(x)
+
+
+def test_guidance_goes_from_no_class_through_the_class() -> None:
+    """Ho & Salimans 2022, eq. 6: (1 + w) of the class - w of none; here 4 and -1, and x0 is the network's output."""
+    denoiser = Denoiser(ByClass(), make_schedule("cosine", 10), "x0")
+    x_t, t, labels = torch.zeros(2, 1, 2, 2), torch.tensor([3, 3]), torch.tensor([4, 0])
+    for guidance, expected in ((1.0, (4.0, 0.0)), (0.0, (-1.0, -1.0)), (3.0, (14.0, 2.0))):
+        x0 = denoiser.of(labels, guidance)(x_t, t).x0
+        torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor(expected))
+    assert float(denoiser(x_t, t).x0[0, 0, 0, 0]) == -1.0
 
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)

@@ -37,10 +37,10 @@ def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Pa
     for text in ("432.1", "1.5 min", "640", "denoising, step 500", "&lt;b&gt;train&lt;/b&gt;"):
         assert text in page, text
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 7
+    assert len(sources) == 9
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
-    for name in ("loss", "schedules", "noising", "real_and_generated"):
+    for name in ("loss", "schedules", "noising", "real_and_generated", "noising_by_schedule", "unet"):
         assert (paths.REPORT / f"{name}.png").stat().st_size > 1000
 
 

@@ -1,6 +1,8 @@
 """Samplers against an exact denoiser: data N(mu, sigma2) per pixel have a closed-form E[x0 | x_t]."""
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from conftest import REPO
 from torch import Tensor
 
 from diffusion import config
-from diffusion.parameterization import Prediction
+from diffusion.parameterization import Denoiser, Prediction
 from diffusion.process import signal_and_noise
-from diffusion.samplers import SAMPLERS, configured, ddim, ddpm
-from diffusion.schedules import NoiseSchedule, make_schedule, sampling_timesteps
+from diffusion.samplers import SAMPLERS, configured, ddim, ddpm, evaluations
+from diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule, sampling_timesteps
 
 MU, SIGMA = 0.3, 0.5
 
@@ -21,7 +23,7 @@ def gaussian_denoiser(schedule: NoiseSchedule):
         a, s = signal_and_noise(schedule, t, x_t)
         variance = a**2 * SIGMA**2 + s**2
         eps = s * (x_t - a * MU) / variance
-        return Prediction((x_t - s * eps) / a, eps)
+        return Prediction((a * SIGMA**2 * x_t + s**2 * MU) / variance, eps)
 
     return denoise
 
@@ -35,40 +37,68 @@ def finish(steps):
     return x0
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
     ("sampler", "options"),
-    [("ddpm", {}), ("ddpm", {"variance": "fixed_large"}), ("ddim", {}), ("ddim", {"eta": 0.7}), ("ddim", {"eta": 1.0})],
+    [
+        ("ddpm", {}),
+        ("ddpm", {"variance": "fixed_large"}),
+        ("ddim", {}),
+        ("ddim", {"eta": 0.7}),
+        ("ddim", {"eta": 1.0}),
+        ("heun", {}),
+        ("dpmpp_2m", {}),
+        ("unipc", {}),
+    ],
     ids=str,
 )
 def test_full_chains_reach_the_datas_mean_and_variance(name: str, sampler: str, options: dict[str, object]) -> None:
     torch.manual_seed(0)
     schedule = make_schedule(name, 1000)
-    timesteps = sampling_timesteps("uniform", 1000, 1000)
+    timesteps = sampling_timesteps("uniform", schedule, 1000)
     x0 = finish(SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, start(), timesteps, **options))
     assert float(x0.mean()) == pytest.approx(MU, abs=0.012)
     assert float(x0.std()) == pytest.approx(SIGMA, rel=0.03)
 
 
-def test_ddim_is_first_order() -> None:
-    """Halving the step halves the error of the probability-flow solution, which is known for Gaussian data."""
-    schedule = make_schedule("linear", 4096)
-    alpha_bar = schedule.alphas_cumprod[-1]
-    x_T = torch.tensor([1.5, -0.4], dtype=torch.float64).view(2, 1, 1, 1)
-    standardised = (x_T - alpha_bar.sqrt() * MU) / (alpha_bar * SIGMA**2 + 1 - alpha_bar).sqrt()
-    exact = MU + SIGMA * standardised  # the flow keeps each point's quantile
+@pytest.mark.parametrize("spacing", ["trailing", "logsnr", "karras"])
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "unipc"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_twenty_steps_of_second_order_reach_the_datas_mean_and_variance(sampler: str, spacing: str, zero: bool) -> None:
+    schedule = make_schedule("cosine", 1000, zero_terminal_snr=zero)
+    timesteps = sampling_timesteps(spacing, schedule, 20)
+    x0 = finish(SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, start(), timesteps))
+    assert float(x0.mean()) == pytest.approx(MU, abs=0.02)
+    assert float(x0.std()) == pytest.approx(SIGMA, rel=0.06)  # ddim: 0.11 off
+
+
+@pytest.mark.parametrize(
+    ("sampler", "low", "high"), [("ddim", 0.9, 1.2), ("heun", 1.8, 2.3), ("dpmpp_2m", 1.8, 2.3), ("unipc", 1.8, 3.4)]
+)
+def test_order_of_convergence(sampler: str, low: float, high: float) -> None:
+    """Halved steps divide the error by 2^order; the flow of Gaussian data is known: each point keeps its quantile.
+
+    Steps are even in log(a / s) and the error is taken before the last step, which has order 1 in all solvers.
+    """
+    schedule = make_schedule("edm", 4097)
+    alpha_bar = schedule.alphas_cumprod
+    deviation = (alpha_bar * SIGMA**2 + 1 - alpha_bar).sqrt()
+    z = torch.tensor([1.5, -0.4], dtype=torch.float64).view(2, 1, 1, 1)
+    x_T = alpha_bar[-1].sqrt() * MU + deviation[-1] * z
+    exact = alpha_bar[0].sqrt() * MU + deviation[0] * z
     errors = []
-    for count in (32, 64, 128, 256):
-        timesteps = sampling_timesteps("uniform", 4096, count)
-        errors.append(float((finish(ddim(gaussian_denoiser(schedule), schedule, x_T, timesteps)) - exact).abs().max()))
-    orders = [torch.tensor(a / b).log2().item() for a, b in itertools.pairwise(errors)]
-    assert all(0.8 < order < 1.3 for order in orders), (errors, orders)
+    for count in (65, 129, 257, 513):
+        timesteps = sampling_timesteps("uniform", schedule, count)
+        *_, x, _ = SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, x_T, timesteps)
+        errors.append(float((x - exact).abs().max()))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert all(low < order < high for order in orders), (errors, orders)
 
 
 @pytest.mark.parametrize("count", [7, 50])
 def test_ddim_with_eta_one_is_ddpm_with_small_variance(count: int) -> None:
     schedule = make_schedule("cosine", 50)
-    timesteps = sampling_timesteps("uniform", 50, count)
+    timesteps = sampling_timesteps("uniform", schedule, count)
     chains = []
     for sampler, options in ((ddim, {"eta": 1.0}), (ddpm, {"variance": "fixed_small"})):
         source = torch.Generator().manual_seed(5)
@@ -96,7 +126,7 @@ def test_ddpm_fixed_large_adds_beta() -> None:
             lambda x, t: Prediction(zero, zero),
             schedule,
             zero,
-            sampling_timesteps("uniform", 100, 100),
+            sampling_timesteps("uniform", schedule, 100),
             variance=variance,
         )
         assert float(next(chain).var()) == pytest.approx(float(expected), rel=0.02)
@@ -111,14 +141,14 @@ def test_a_chain_yields_each_step_and_ends_without_noise(name: str) -> None:
         a, s = signal_and_noise(schedule, t, x_t)
         return Prediction(x0, (x_t - a * x0) / s)
 
-    chain = list(SAMPLERS[name](perfect, schedule, torch.randn(3, 3, 4, 4), sampling_timesteps("uniform", 20, 6)))
+    chain = list(SAMPLERS[name](perfect, schedule, torch.randn(3, 3, 4, 4), sampling_timesteps("uniform", schedule, 6)))
     assert len(chain) == 6
     torch.testing.assert_close(chain[-1], x0, rtol=0, atol=1e-6)
 
 
 def test_the_config_chooses_sampler_and_options() -> None:
     schedule = make_schedule("cosine", 20)
-    timesteps = sampling_timesteps("uniform", 20, 20)
+    timesteps = sampling_timesteps("uniform", schedule, 20)
     for overrides, sampler, options in (
         ({"sample.sampler": "ddim", "sample.eta": 0.5}, ddim, {"eta": 0.5}),
         ({"sample.sampler": "ddpm", "sample.variance": "fixed_large"}, ddpm, {"variance": "fixed_large"}),
@@ -128,3 +158,98 @@ def test_the_config_chooses_sampler_and_options() -> None:
         expected = finish(sampler(gaussian_denoiser(schedule), schedule, start(9), timesteps, **options))
         torch.manual_seed(0)
         assert finish(configured(section)(gaussian_denoiser(schedule), schedule, start(9), timesteps)).equal(expected)
+
+
+def test_evaluations_are_what_a_sampler_spends() -> None:
+    schedule = make_schedule("cosine", 50)  # begins beyond sigma = 80, so that Heun's first step is a single one
+    for name in SAMPLERS:
+        section = config.load(REPO / "params.yaml", {"sample.sampler": name, "sample.steps": 9}).sample
+        calls = []
+
+        def counted(x_t: Tensor, t: Tensor, calls: list[Tensor] = calls) -> Prediction:
+            calls.append(t)
+            return gaussian_denoiser(schedule)(x_t, t)
+
+        finish(configured(section)(counted, schedule, start(3), sampling_timesteps("trailing", schedule, 9)))
+        assert len(calls) == evaluations(section, schedule) == (16 if name == "heun" else 9), name
+
+
+# --- step by step against diffusers
+
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+STEPS = 10
+
+
+class Wave(torch.nn.Module):
+    """A network of no use that depends on all of its input."""
+
+    image_shape, num_classes = (3, 4, 4), None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.7 * torch.sin(1.7 * x + t.view(-1, 1, 1, 1) / 300) + 0.2 * x.flip(-1)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("name", "options", "theirs", "their_options"),
+    [
+        ("ddpm", {"variance": "fixed_small"}, "DDPMScheduler", {"variance_type": "fixed_small"}),
+        ("ddpm", {"variance": "fixed_large"}, "DDPMScheduler", {"variance_type": "fixed_large"}),
+        ("ddim", {"eta": 0.0}, "DDIMScheduler", {}),
+        ("ddim", {"eta": 0.6}, "DDIMScheduler", {}),
+        ("dpmpp_2m", {}, "DPMSolverMultistepScheduler", {}),
+        ("unipc", {}, "UniPCMultistepScheduler", {}),
+    ],
+    ids=["ddpm small", "ddpm large", "ddim", "ddim eta", "dpmpp_2m", "unipc"],
+)
+def test_each_step_is_that_of_diffusers(
+    name: str,
+    options: dict[str, Any],
+    theirs: str,
+    their_options: dict[str, Any],
+    spacing: str,
+    prediction: str,
+    clip: bool,
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    multistep = theirs in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+    if clip and multistep:
+        pytest.skip("these do not clip")
+    if theirs == "DDIMScheduler" and spacing == "linspace":
+        pytest.skip("theirs goes to t - T // steps there, which is not the next of its own list")
+    schedule = make_schedule("linear", 1000)
+    clipping = {} if multistep else {"clip_sample": clip}
+    scheduler = getattr(diffusers, theirs)(
+        trained_betas=schedule.betas.tolist(),
+        prediction_type=PREDICTIONS[prediction],
+        timestep_spacing=spacing,
+        **clipping,
+        **their_options,
+    )
+    scheduler.set_timesteps(STEPS)
+    if name == "ddpm" and options["variance"] == "fixed_large" and spacing == "trailing":
+        pytest.skip("theirs adds noise to the finished image there")
+    timesteps = scheduler.timesteps if multistep else sampling_timesteps(OURS[spacing], schedule, STEPS)
+    assert timesteps.tolist() == scheduler.timesteps.tolist()
+    net = Wave()
+    denoiser = Denoiser(net, schedule, prediction, clip_x0=clip)
+    x = x_T = torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(1))
+    ours_source, their_source = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+
+    def noise() -> Tensor:
+        return torch.randn(x_T.shape, generator=ours_source)
+
+    chain = SAMPLERS[name](denoiser, schedule, x_T, timesteps, noise=noise, **options)
+    extra = {"generator": their_source} if theirs in ("DDPMScheduler", "DDIMScheduler") else {}
+    if theirs == "DDIMScheduler":
+        extra["eta"] = options["eta"]
+        extra["use_clipped_model_output"] = True
+    for t, mine in zip(scheduler.timesteps, chain, strict=True):
+        x = scheduler.step(net(x, t.expand(2)), t, x, **extra).prev_sample
+        scale = max(1.0, float(x.abs().max()))  # eps with little signal makes large values
+        torch.testing.assert_close(mine / scale, x / scale, rtol=0, atol=1e-4)
+
+
+OURS = {"trailing": "trailing", "linspace": "uniform"}

@@ -28,7 +28,9 @@ def denoiser(tiny) -> Denoiser:
 
 
 @pytest.mark.parametrize(
-    "options", [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}], ids=str
+    "options",
+    [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}, {"sampler": "unipc"}],
+    ids=str,
 )
 def test_an_image_does_not_depend_on_the_batch_it_is_made_in(
     tiny, denoiser: Denoiser, options: dict[str, object]
@@ -43,6 +45,32 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in(
     assert not sets[0][0].equal(sets[0][1])
     later = torch.cat(list(sampling.generate(denoiser, config, 7, range(9, 12), CPU)))
     assert int((later.int() - sets[0][9:].int()).abs().max()) <= 1
+
+
+def test_an_images_class_does_not_depend_on_the_batch(tiny) -> None:
+    assert sampling.labels_of(tiny().sample, None, range(3)) is None
+    assert sampling.labels_of(tiny().sample, 10, range(8, 13)).tolist() == [8, 9, 0, 1, 2]
+    config = dataclasses.replace(tiny().sample, labels=(3, 5, 7))
+    assert sampling.labels_of(config, 10, range(2, 6)).tolist() == [7, 3, 5, 7]
+    with pytest.raises(UserError, match="classes from 0 to 6"):
+        sampling.labels_of(config, 7, range(2))
+    with pytest.raises(UserError, match="knows no classes"):
+        sampling.labels_of(config, None, range(2))
+
+
+def test_guided_images_do_not_depend_on_the_batch(tiny) -> None:
+    torch.manual_seed(0)
+    net = UNet(dataclasses.replace(tiny().model, num_classes=3))
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    denoiser = Denoiser(net.eval(), make_schedule("cosine", 50), "v", clip_x0=True)
+    sets = []
+    for batch_size in (2, 7):
+        config = dataclasses.replace(tiny().sample, guidance=2.0, batch_size=batch_size)
+        sets.append(torch.cat(list(sampling.generate(denoiser, config, 7, range(7), CPU))).int())
+    assert int((sets[0] - sets[1]).abs().max()) <= 1
+    plain = dataclasses.replace(tiny().sample, batch_size=7)
+    assert not torch.cat(list(sampling.generate(denoiser, plain, 7, range(7), CPU))).int().equal(sets[1])
 
 
 def test_another_seed_is_another_set(tiny, denoiser: Denoiser) -> None:
@@ -167,7 +195,7 @@ def test_a_compiler_that_fails_is_an_error_only_if_it_must_work(
     on = dataclasses.replace(tiny().sample, compile="on")
     with pytest.raises(UserError, match=r"sample\.compile is on and compiling fails here \(no C compiler found\)"):
         list(sampling.generate(denoiser, on, 0, range(2), CPU))
-    assert sampling._compiled(denoiser, 2, CPU, must=False) is None
+    assert sampling._compiled(denoiser, on, 2, CPU, must=False) is None
     assert "not compiled (no C compiler found)" in capsys.readouterr().err
 
 

@@ -50,32 +50,75 @@ def test_alpha_bar_before_the_first_step_is_one() -> None:
     assert schedule.alpha_bar(t).tolist() == [1.0, float(schedule.alphas_cumprod[0]), float(schedule.alphas_cumprod[9])]
 
 
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "trailing"])
-@pytest.mark.parametrize("num_steps", [1, 2, 50, 1000])
-def test_timesteps_descend_without_repeats(spacing: str, num_steps: int) -> None:
+def test_edm_is_even_in_the_logarithm_of_sigma() -> None:
+    """Karras et al. 2022, table 1: sigma from 0.002 to 80; x_t = (x0 + sigma eps) / sqrt(1 + sigma^2)."""
+    alphas_cumprod = make_schedule("edm", 1000).alphas_cumprod
+    sigma = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    np.testing.assert_allclose(sigma[[0, -1]], [0.002, 80.0], rtol=1e-7)
+    np.testing.assert_allclose(sigma.log().diff(), math.log(80 / 0.002) / 999, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_shifts_and_scales_the_signal(name: str) -> None:
+    """Lin et al. 2023, section 3.1: sqrt(alpha-bar) ends at 0, begins as it did, a linear map of what it was."""
+    plain = make_schedule(name, 1000).alphas_cumprod.sqrt()
+    zero = make_schedule(name, 1000, zero_terminal_snr=True).alphas_cumprod.sqrt()
+    assert float(zero[-1]) == 0.0
+    assert float(zero[0]) == pytest.approx(float(plain[0]), rel=1e-12)
+    np.testing.assert_allclose(np.polyval(np.polyfit(plain, zero, 1), plain), zero, atol=1e-9)
+
+
+SPACINGS = ["uniform", "quadratic", "trailing", "logsnr", "karras"]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [2, 50, 1000])
+def test_timesteps_descend_without_repeats(name: str, zero: bool, spacing: str, num_steps: int) -> None:
+    schedule = make_schedule(name, num_steps, zero_terminal_snr=zero)
     for count in {1, 2, num_steps // 3 or 1, num_steps} & set(range(1, num_steps + 1)):
-        steps = sampling_timesteps(spacing, num_steps, count)
+        steps = sampling_timesteps(spacing, schedule, count)
         assert len(steps) == count
-        assert int(steps[0]) == num_steps - 1
+        sigma = torch.exp(-schedule.log_ratio())
+        if count > 1 and (spacing in ("uniform", "quadratic", "trailing") or sigma[-1] <= 80):
+            assert int(steps[0]) == num_steps - 1
+        assert sigma[steps[0]] >= min(float(sigma.max()), 80 * (1 - 1e-9))
         assert (steps.diff() < 0).all()
         assert steps.min() >= 0
-    assert sampling_timesteps(spacing, num_steps, num_steps).tolist() == list(range(num_steps))[::-1]
+    assert sampling_timesteps(spacing, schedule, num_steps).tolist() == list(range(num_steps))[::-1]
 
 
 def test_spacings_are_what_they_say() -> None:
-    assert sampling_timesteps("uniform", 1000, 4).tolist() == [999, 666, 333, 0]
-    assert sampling_timesteps("trailing", 1000, 4).tolist() == [999, 749, 499, 249]
-    assert sampling_timesteps("quadratic", 901, 4).tolist() == [900, 400, 100, 0]
+    thousand = make_schedule("linear", 1000)
+    assert sampling_timesteps("uniform", thousand, 4).tolist() == [999, 666, 333, 0]
+    assert sampling_timesteps("trailing", thousand, 4).tolist() == [999, 749, 499, 249]
+    assert sampling_timesteps("quadratic", make_schedule("linear", 901), 4).tolist() == [900, 400, 100, 0]
+    assert sampling_timesteps("logsnr", make_schedule("edm", 1000), 4).tolist() == [
+        999,
+        666,
+        333,
+        0,
+    ]  # it is even there
+
+
+def test_karras_spacing_is_the_papers() -> None:
+    """Karras et al. 2022, eq. 5 with rho = 7, to the nearest of 100,000 steps."""
+    schedule = make_schedule("edm", 100_000)
+    sigma = ((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt()
+    i = np.arange(18) / 17
+    expected = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(sigma[sampling_timesteps("karras", schedule, 18)], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [0, 11])
 def test_impossible_counts_are_refused(count: int) -> None:
     with pytest.raises(ValueError, match="sampling steps"):
-        sampling_timesteps("uniform", 10, count)
+        sampling_timesteps("uniform", make_schedule("linear", 10), count)
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="linear, cosine, sigmoid"):
         make_schedule("cosin", 10)
     with pytest.raises(ValueError, match="trailing"):
-        sampling_timesteps("even", 10, 5)
+        sampling_timesteps("even", make_schedule("linear", 10), 5)

@@ -51,8 +51,13 @@ def test_every_recipe_runs_through_every_stage(workspace: Path, recipe: str) -> 
     for key in ("images_per_second", "train_seconds", "parameters", "best_val_loss"):
         assert metrics[key] > 0, key
     with np.load(paths.SAMPLES_NPZ) as archive:
-        samples = archive["images"]
+        samples, labels = archive["images"], archive.get("labels")
     assert (samples.dtype, samples.shape) == (np.uint8, (12, 32, 32, 3))
+    if config.load("params.yaml").model.num_classes:
+        assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+        assert (paths.SAMPLES / "guidance.png").stat().st_size > 500
+    else:
+        assert labels is None
     for i in range(12):
         np.testing.assert_array_equal(np.asarray(Image.open(paths.SAMPLES / f"png/{i:05d}.png")), samples[i])
     assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"] > 0

@@ -5,7 +5,7 @@ import torch
 from conftest import REPO
 
 from diffusion import config
-from diffusion.layers import SelfAttention, TimestepEmbedding, attention
+from diffusion.layers import Downsample, SelfAttention, TimestepEmbedding, attention
 from diffusion.unet import UNet
 
 
@@ -76,6 +76,27 @@ def test_attention_is_where_params_say(tiny_model) -> None:
     assert sizes(()) == {middle}
     assert sizes((16,)) == {16, middle}
     assert sizes((8, 4)) == {8, 4}
+
+
+def test_a_conditional_network_tells_classes_apart(tiny_model) -> None:
+    net = randomised(UNet(dataclasses.replace(tiny_model, num_classes=10)))
+    x, t = torch.randn(1, 3, 32, 32).expand(4, -1, -1, -1), torch.full((4,), 7)
+    with torch.no_grad():
+        outputs = net(x, t, torch.tensor([0, 9, -1, -1]))
+        assert not outputs[0].allclose(outputs[1])
+        assert not outputs[0].allclose(outputs[2])
+        torch.testing.assert_close(outputs[2], outputs[3], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(x, t), net(x, t, torch.full((4,), -1)), rtol=0, atol=0)
+
+
+def test_same_padding_is_tensorflows() -> None:
+    """TensorFlow pads an even size that is halved by a 3x3 kernel with nothing before and one after."""
+    torch.manual_seed(0)
+    layer, x = Downsample(2, "same"), torch.randn(1, 2, 6, 6)
+    padded = torch.cat([torch.cat([x, torch.zeros(1, 2, 1, 6)], dim=2), torch.zeros(1, 2, 7, 1)], dim=3)
+    windows = torch.stack([padded[:, :, i : i + 3, j : j + 3] for i in (0, 2, 4) for j in (0, 2, 4)], dim=-1)
+    expected = torch.einsum("bchwn,ochw->bon", windows, layer.conv.weight) + layer.conv.bias.view(1, 2, 1)
+    torch.testing.assert_close(layer(x), expected.view(1, 2, 3, 3), rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_refused_by_an_unconditional_network(tiny_model) -> None:

@@ -9,29 +9,17 @@ import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from diffusion.errors import UserError
-
-
-@dataclass(frozen=True)
-class Range:
-    """Closed interval of allowed values, read by pydantic and printed in error messages."""
-
-    low: float
-    high: float
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return {**handler(source), "ge": self.low, "le": self.high}
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
-
+from diffusion.ranges import Range, allowed
+from diffusion.rules import broken
 
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Count = Annotated[int, Range(1, 10**9)]
 CountOrOff = Annotated[int, Range(0, 10**9)]
 Fraction = Annotated[float, Range(0.0, 1.0)]
+Schedule = Literal["linear", "cosine", "sigmoid", "edm"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -48,9 +36,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    schedule: Literal["linear", "cosine", "sigmoid"]
+    schedule: Schedule
     num_steps: Annotated[int, Range(2, 100_000)]
-    prediction: Literal["eps", "x0", "v"]
+    zero_terminal_snr: bool
+    prediction: Literal["eps", "x0", "v", "edm"]
 
 
 @dataclass(frozen=True)
@@ -63,9 +52,12 @@ class ModelConfig:
     num_blocks: Annotated[int, Range(1, 8)]
     attention_resolutions: tuple[Annotated[int, Range(1, 1024)], ...]
     head_channels: Annotated[int, Range(8, 1024)] | None
+    downsample: Literal["symmetric", "same"]
     upsample: Literal["conv", "shuffle"]
     norm_groups: Annotated[int, Range(1, 128)]
     dropout: Fraction
+    num_classes: Annotated[int, Range(1, 100_000)] | None
+    augment: Fraction
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -85,9 +77,10 @@ class TrainConfig:
     adam_beta2: Annotated[float, Range(0.5, 0.99999)]
     grad_clip: Annotated[float, Range(1e-6, 1e6)]
     ema_decay: Annotated[float, Range(0.0, 0.999999)]
-    loss_weight: Literal["simple", "min_snr"]
-    timesteps: Literal["uniform", "stratified"]
+    loss_weight: Literal["simple", "min_snr", "own"]
+    timesteps: Literal["uniform", "stratified", "lognormal"]
     flip: bool
+    label_dropout: Fraction
     device: Device
     precision: Precision
     micro_batch: Annotated[int, Range(1, 65_536)] | None
@@ -113,12 +106,14 @@ class TrainedConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    sampler: Literal["ddpm", "ddim"]
+    sampler: Literal["ddpm", "ddim", "heun", "dpmpp_2m", "unipc"]
     steps: Annotated[int, Range(1, 100_000)]
-    spacing: Literal["uniform", "quadratic", "trailing"]
+    spacing: Literal["uniform", "quadratic", "trailing", "logsnr", "karras"]
     eta: Fraction
     variance: Literal["fixed_small", "fixed_large"]
     clip_x0: bool
+    guidance: Annotated[float, Range(0.0, 100.0)]
+    labels: Literal["balanced"] | tuple[Annotated[int, Range(0, 100_000)], ...]
     num_images: Count
     batch_size: Annotated[int, Range(1, 65_536)] | None
     compile: Compile
@@ -147,7 +142,7 @@ class TuneConfig:
     sample_images: Annotated[int, Range(2, 50_000)]
     lr: tuple[Annotated[float, Range(1e-8, 1.0)], Annotated[float, Range(1e-8, 1.0)]]
     lr_schedules: tuple[Literal["constant", "cosine", "linear"], ...]
-    schedules: tuple[Literal["linear", "cosine", "sigmoid"], ...]
+    schedules: tuple[Schedule, ...]
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,8 @@ def from_dict(tree: Mapping[str, Any]) -> Params:
         params = TypeAdapter(Params).validate_python(tree)
     except ValidationError as error:
         raise UserError(_explain(error.errors()[0])) from None
-    _check_across(params)
+    for problem in broken(params):
+        raise UserError(problem)
     return params
 
 
@@ -267,64 +263,6 @@ def schema() -> dict[str, Any]:
         else:
             found[name] = kind
     return found
-
-
-def allowed(kind: Any) -> str:
-    """What a key of type `kind` may hold, in words."""
-    if get_origin(kind) is Annotated:
-        base, *metadata = get_args(kind)
-        ranges = [str(m) for m in metadata if isinstance(m, Range)]
-        return f"{allowed(base)} from {ranges[0]}" if ranges else allowed(base)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of " + allowed(get_args(kind)[0])
-    if get_args(kind):  # X | None
-        return " or ".join(allowed(k) for k in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return names.get(kind, str(kind))
-
-
-def _check_across(params: Params) -> None:
-    """Rules that hold between keys, which no single key's range can say."""
-    model, sample = params.model, params.sample
-    if sample.steps > params.diffusion.num_steps:
-        raise UserError(
-            f"sample.steps = {sample.steps} is more than diffusion.num_steps = {params.diffusion.num_steps}: lower it"
-        )
-    if not model.multipliers:
-        raise UserError("model.multipliers is empty: give one whole number a level, for example [1, 2, 2]")
-    stride = model.patch_size * 2 ** (len(model.multipliers) - 1)
-    if model.image_size % stride:
-        raise UserError(
-            f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
-            f"divides model.image_size = {model.image_size} by {stride}: use fewer levels, or another size"
-        )
-    if params.train.processes > params.train.batch_size:
-        raise UserError(
-            f"train.processes = {params.train.processes} is more than train.batch_size = {params.train.batch_size}, "
-            "which they share: lower it"
-        )
-    if params.train.preview_steps > params.diffusion.num_steps:
-        raise UserError(
-            f"train.preview_steps = {params.train.preview_steps} is more than "
-            f"diffusion.num_steps = {params.diffusion.num_steps}: lower it"
-        )
-    for width in {model.channels * m for m in model.multipliers}:
-        if model.head_channels and width % model.head_channels:
-            raise UserError(
-                f"model.head_channels = {model.head_channels} does not divide a level's width of {width}: "
-                "change it, or null for one head"
-            )
-    if not params.data.sources:
-        raise UserError("data.sources is empty: name at least one of local, mirrors, npm, official")
-    if params.data.path is not None and "local" not in params.data.sources:
-        raise UserError("data.path is set but data.sources lacks local: add it, or set data.path: null")
-    for key in ("lr_schedules", "schedules"):
-        if not getattr(params.tune, key):
-            raise UserError(f"tune.{key} is empty: name at least one, the one in use for no search")
-    if params.tune.lr[0] > params.tune.lr[1]:
-        raise UserError(f"tune.lr = {list(params.tune.lr)}: the lower end comes first")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

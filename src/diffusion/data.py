@@ -119,12 +119,13 @@ def releases(images: np.ndarray) -> Callable[[], None] | None:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (N, H, W, C), perhaps mapped; which of them are for training and validation; the set's digest."""
+    """Images uint8 (N, H, W, C), perhaps mapped; which of them are for training and validation; digest and labels."""
 
     images: Tensor
     train: Tensor  # int64 indices
     val: Tensor
     digest: str
+    labels: Tensor  # int64 (N,)
     release: Callable[[], None] | None = None  # of mapped pages; None = the images are in memory, or on a GPU
 
     @staticmethod
@@ -138,12 +139,19 @@ class Dataset:
         try:
             train, val = read_npz(paths.SPLIT, "train", "val")
             card = json.loads(paths.DATA_CARD.read_text())
+            labels = np.load(paths.TRAIN_LABELS, allow_pickle=False)
         except UNREADABLE as error:
             raise UserError(f"{paths.PREPARED} is not usable ({error}): run `dvc repro prepare`") from None
-        if max(train.max(), val.max()) >= len(images):
+        if max(train.max(), val.max()) >= len(images) or len(labels) != len(images):
             raise UserError(f"{paths.PREPARED} does not belong to {paths.IMAGES}: run `dvc repro -sf prepare`")
-        indices = torch.from_numpy(train), torch.from_numpy(val)
-        return Dataset(torch.from_numpy(images), *indices, card["digest"], releases(images))
+        return Dataset(
+            torch.from_numpy(images),
+            torch.from_numpy(train),
+            torch.from_numpy(val),
+            card["digest"],
+            torch.from_numpy(labels.astype(np.int64)),
+            releases(images),
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -182,6 +190,7 @@ class Batches:
         self.resident = fits(data.images, device)
         self.data = dataclasses.replace(data, images=data.images.to(device), release=None) if self.resident else data
         self.train = data.train.to(self.data.images.device)
+        self._labels = data.labels.to(self.data.images.device)
         self.batch_size = batch_size
         self.seed = seed
         self.flip = flip
@@ -210,6 +219,10 @@ class Batches:
             coins = torch.rand(self.batch_size, generator=source, device=self.device)[self.share] < 0.5
             batch = torch.where(coins[:, None, None, None], batch.flip(2), batch)
         return to_tensor(batch)
+
+    def labels(self, step: int) -> Tensor:
+        """int64 (B,) on the device: the classes of the same images."""
+        return self._labels[self.indices(step)[self.share]].to(self.device, non_blocking=True)
 
     def _permutation(self, epoch: int) -> Tensor:
         if epoch != self._epoch:

@@ -9,12 +9,15 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.errors import UserError
 from diffusion.runtime import resolve_device
@@ -195,3 +198,10 @@ def launch(processes: int, module: str, args: Sequence[str]) -> None:
             if failure.exitcode >= 0 or not left:
                 sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
             print(f"process {rank} of {processes} was killed (signal {-failure.exitcode}): again", file=sys.stderr)
+
+
+def data_parallel(net: nn.Module) -> DistributedDataParallel:
+    """`net` with gradients that are means over the ranks; its only buffer is a constant table, never synchronised."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, 2.11 has no other name
+        return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)

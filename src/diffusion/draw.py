@@ -31,12 +31,16 @@ from diffusion.journal import NullTracker, Tracker
 from diffusion.parameterization import Denoiser
 from diffusion.parts import Parts, missing
 from diffusion.provenance import code_digest
+from diffusion.rules import doubtful
 from diffusion.runtime import keep_freed_memory, resolve_precision, use_fast_kernels
-from diffusion.schedules import make_schedule
+from diffusion.samplers import evaluations
+from diffusion.schedules import configured_schedule
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
 STRIP_COLUMNS = 11
+CLASS_COLUMNS = 10
+SWEEP_IMAGES = 10
 NOT_IN_IMAGES = ("batch_size", "save_png", "processes")  # keys of params.yaml that no image depends on
 PNG = paths.SAMPLES / "png"
 
@@ -54,6 +58,8 @@ def draw(params: Params) -> None:
         run = paths.RUNS / card["fingerprint"]
         tracker: Tracker = NullTracker()
         if world.is_main:
+            for line in doubtful(params.sample):
+                print(f"warning: {line}", file=sys.stderr)
             journal = run / "journal.jsonl"
             tracker = tracking.attach(params.tracking, card["run_id"], stage="sample", journal=journal)
         with tracking.closing_status(tracker):
@@ -122,7 +128,7 @@ def _load(config: SampleConfig, device: torch.device) -> Denoiser:
     net, trained = load_model(paths.MODEL)
     return Denoiser(
         net.to(device),
-        make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps).to(device),
+        configured_schedule(trained.diffusion).to(device),
         trained.diffusion.prediction,
         dtype=resolve_precision(config.precision, device),
         clip_x0=config.clip_x0,
@@ -177,10 +183,17 @@ def _write_outputs(
     """images.npz, its card, the grid and the strip."""
     config = params.sample
     paths.SAMPLES.mkdir(parents=True, exist_ok=True)
-    np.savez(paths.SAMPLES_NPZ, images=drawn)
+    labels = sampling.labels_of(config, denoiser.num_classes, range(config.num_images))
+    if labels is None:
+        np.savez(paths.SAMPLES_NPZ, images=drawn)
+    else:
+        np.savez(paths.SAMPLES_NPZ, images=drawn, labels=labels.numpy())
     about = {
-        **{key: to_dict(config)[key] for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0")},
-        "network_evaluations": config.steps,
+        **{
+            key: to_dict(config)[key]
+            for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")
+        },
+        "network_evaluations": evaluations(config, denoiser.schedule),
         "precision": str(denoiser.dtype).removeprefix("torch."),
         "seed": params.seed,
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
@@ -190,3 +203,16 @@ def _write_outputs(
     shown = range(min(STRIP_IMAGES, config.num_images))
     strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
     images.save_png(images.strip(strip.numpy(), scale=images.zoom(drawn)), paths.SAMPLES / "denoising.png")
+    if labels is not None:
+        _write_classes(params, denoiser, drawn, labels, device)
+
+
+def _write_classes(params: Params, denoiser: Denoiser, drawn: np.ndarray, labels: Tensor, device: torch.device) -> None:
+    """classes.png, a row a class, and guidance.png, a row an image, a column a guidance."""
+    scale = images.zoom(drawn)
+    rows = sampling.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
+    if len(rows):
+        images.save_png(images.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=scale), paths.SAMPLES / "classes.png")
+    shown = range(min(SWEEP_IMAGES, params.sample.num_images))
+    sweep = sampling.guidance_sweep(denoiser, params.sample, params.seed, shown, device)
+    images.save_png(images.strip(sweep.numpy(), scale=scale), paths.SAMPLES / "guidance.png")

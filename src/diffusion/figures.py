@@ -23,8 +23,8 @@ from diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule
 DPI = 144
 INK, FAINT, GRID = "#1f2328", "#59636e", "#e3e6ea"
 BLUE, ORANGE, GREEN, LIGHT_BLUE = "#0072B2", "#D55E00", "#009E73", "#B5D8EC"  # Okabe & Ito 2008: colour-blind-safe
-LINE_COLOURS = (BLUE, ORANGE, GREEN)
-LINE_STYLES = ("-", "--", "-.")  # a second cue beside colour
+LINE_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", INK)
+LINE_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # a second cue beside colour
 LOG_FROM = 4.0  # a range of this ratio or more is drawn on a logarithmic axis
 
 Row = Mapping[str, float]
@@ -37,7 +37,7 @@ def loss_figure(loss_rows: Sequence[Row], val_rows: Sequence[Row]) -> Figure:
     """
     figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    _style(axes, "Training and validation loss", "training step", "loss")
+    style(axes, "Training and validation loss", "training step", "loss")
     if loss_rows:
         steps = _column(loss_rows, "step")
         axes.plot(steps, _column(loss_rows, "loss"), color=LIGHT_BLUE, linewidth=0.7, label="training, single batches")
@@ -51,7 +51,7 @@ def loss_figure(loss_rows: Sequence[Row], val_rows: Sequence[Row]) -> Figure:
     _choose_scale(axes, [_column(loss_rows, "loss"), _column(val_rows, "val_loss")])
     axes.margins(x=0.02)
     if loss_rows or val_rows:
-        _legend(axes, "upper right")
+        legend(axes, "upper right")
     return figure
 
 
@@ -64,16 +64,16 @@ def schedules_figure(num_steps: int, used: str | None = None) -> Figure:
     """alpha-bar and log-SNR over t for every noise schedule; `used` names the one that this run has."""
     figure = Figure(figsize=(7.5, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
-    _style(left, "Signal left in $x_t$", "diffusion step $t$", r"$\bar\alpha_t$")
-    _style(right, "Signal-to-noise ratio", "diffusion step $t$", r"log SNR $= \ln\,\bar\alpha_t / (1 - \bar\alpha_t)$")
-    for name, colour, line in zip(SCHEDULES, LINE_COLOURS, LINE_STYLES, strict=True):
+    style(left, "Signal left in $x_t$", "diffusion step $t$", r"$\bar\alpha_t$")
+    style(right, "Signal-to-noise ratio", "diffusion step $t$", r"log SNR $= \ln\,\bar\alpha_t / (1 - \bar\alpha_t)$")
+    for name, colour, line in zip(SCHEDULES, LINE_COLOURS, LINE_STYLES, strict=False):
         alpha_bar = make_schedule(name, num_steps).alphas_cumprod.numpy()
         log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
         label = f"{name} (this run)" if name == used else name
         width = 2.4 if name == used else 1.5
         for axes, values in ((left, alpha_bar), (right, log_snr)):
             axes.plot(np.arange(num_steps), values, line, color=colour, linewidth=width, label=label)
-    _legend(left, "upper right")
+    legend(left, "upper right")
     return figure
 
 
@@ -103,17 +103,17 @@ def noising_figure(images: np.ndarray, schedule: NoiseSchedule, *, columns: int 
     gap, margin, head = 4, 20, 84
     picture = pictures.strip(pictures.rgb(frames), gap=gap, scale=scale)
     height, width = picture.shape[:2]
-    figure = _pixel_figure(width + 2 * margin, height + head + margin)
+    figure = pixel_figure(width + 2 * margin, height + head + margin)
     figure.figimage(picture, margin, margin)
     top = margin + height
-    _text(figure, margin, top + head - 30, "Forward process: noise added step by step", 17, weight="bold")
+    write_text(figure, margin, top + head - 30, "Forward process: noise added step by step", 17, weight="bold")
     pitch = images.shape[2] * scale + gap
     heads = [r"$x_0$", *(f"$t={t}$" for t in steps)]
     alpha_bars = [1.0, *schedule.alphas_cumprod[steps].tolist()]
-    for i, (text, alpha_bar) in enumerate(zip(heads, alpha_bars, strict=True)):
+    for i, (above, alpha_bar) in enumerate(zip(heads, alpha_bars, strict=True)):
         centre = margin + i * pitch + images.shape[2] * scale / 2
-        _text(figure, centre, top + 28, text, 13, ha="center")
-        _text(figure, centre, top + 8, rf"$\bar\alpha={_short(alpha_bar)}$", 13, ha="center", color=FAINT)
+        write_text(figure, centre, top + 28, above, 13, ha="center")
+        write_text(figure, centre, top + 8, rf"$\bar\alpha={_short(alpha_bar)}$", 13, ha="center", color=FAINT)
     return figure
 
 
@@ -128,12 +128,12 @@ def comparison_figure(real: np.ndarray, generated: np.ndarray, scores: str, *, c
     grids = [pictures.grid(images, columns=columns, scale=pictures.zoom(images)) for images in shown]
     margin, head, between = 20, 68, 36
     height = max(picture.shape[0] for picture in grids)
-    figure = _pixel_figure(2 * margin + between + sum(g.shape[1] for g in grids), height + head + margin)
+    figure = pixel_figure(2 * margin + between + sum(g.shape[1] for g in grids), height + head + margin)
     x = margin
     for picture, title, below in zip(grids, ("Real", "Generated"), ("training set", scores), strict=True):
         figure.figimage(picture, x, margin + height - picture.shape[0])
-        _text(figure, x, margin + height + head - 30, title, 17, weight="bold")
-        _text(figure, x, margin + height + 12, below, 14, color=FAINT)
+        write_text(figure, x, margin + height + head - 30, title, 17, weight="bold")
+        write_text(figure, x, margin + height + 12, below, 14, color=FAINT)
         x += picture.shape[1] + between
     return figure
 
@@ -150,7 +150,8 @@ def save(figure: Figure, path: Path) -> None:
     pictures.save_png(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3]), path)
 
 
-def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels, grid and colours that all charts share; x counts something."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(x_label, fontsize=10, color=INK)
     axes.set_ylabel(y_label, fontsize=10, color=INK)
@@ -163,7 +164,8 @@ def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
-def _legend(axes: Axes, place: Literal["upper right"]) -> None:
+def legend(axes: Axes, place: Literal["upper right"]) -> None:
+    """The legend that all charts share."""
     axes.legend(loc=place, fontsize=9, labelcolor=INK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.4)
 
 
@@ -198,12 +200,12 @@ def _choose_scale(axes: Axes, series: Sequence[np.ndarray]) -> None:
     axes.set_ylabel("loss (logarithmic)")
 
 
-def _pixel_figure(width: int, height: int) -> Figure:
+def pixel_figure(width: int, height: int) -> Figure:
     """A figure of exactly width x height pixels, on which `figimage` places pictures without resampling."""
     return Figure(figsize=((width + 0.5) / DPI, (height + 0.5) / DPI), dpi=DPI)  # Agg truncates to whole pixels
 
 
-def _text(
+def write_text(
     figure: Figure,
     x: float,
     y: float,

@@ -75,14 +75,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Strided 3x3 convolution; (B, C, H, W) -> (B, C, H/2, W/2)."""
+    """Strided 3x3 convolution; (B, C, H, W) -> (B, C, H/2, W/2).
 
-    def __init__(self, channels: int) -> None:
+    padding: "symmetric", or "same" as TensorFlow has it (nothing before, one row and column after), which the published
+    DDPM was trained with.
+    """
+
+    def __init__(self, channels: int, padding: str = "symmetric") -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.same = padding == "same"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.same else 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.same else x)
 
 
 class Upsample(nn.Module):

@@ -12,6 +12,7 @@ from diffusion.runtime import autocast, generator
 from diffusion.schedules import NoiseSchedule
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
+LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # Karras et al. 2022, table 1
 
 
 def simple_weight(snr: Tensor, prediction: str) -> Tensor:
@@ -21,19 +22,37 @@ def simple_weight(snr: Tensor, prediction: str) -> Tensor:
 
 def min_snr_weight(snr: Tensor, prediction: str) -> Tensor:
     """Hang et al. 2023, section 3.4: min(SNR, gamma) on the error of x0, carried over to the error of the target."""
-    of_x0_error = {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1.0}[prediction]  # target error / x0 error
-    return snr.clamp(max=MIN_SNR_GAMMA) / of_x0_error
+    return snr.clamp(max=MIN_SNR_GAMMA) / PARAMETERIZATIONS[prediction].of_x0_error(snr)
 
 
-WEIGHTS: dict[str, Callable[[Tensor, str], Tensor]] = {"simple": simple_weight, "min_snr": min_snr_weight}
+def own_weight(snr: Tensor, prediction: str) -> Tensor:
+    """As the objective was proposed: max(SNR, 1) for x0 (Salimans & Ho 2022, section 4); 1 for eps, v and edm.
+
+    For edm that is lambda(sigma) = 1 / c_out^2 on the error of x0 (Karras et al. 2022, table 1).
+    """
+    return snr.clamp(min=1.0) if prediction == "x0" else torch.ones_like(snr)
 
 
-def uniform_timesteps(num_steps: int, count: int, source: torch.Generator) -> Tensor:
+WEIGHTS: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "simple": simple_weight,
+    "min_snr": min_snr_weight,
+    "own": own_weight,
+}
+
+
+def uniform_timesteps(schedule: NoiseSchedule, count: int, source: torch.Generator) -> Tensor:
     """int64 (count,): independent and uniform over 0 .. num_steps - 1 (Ho et al. 2020, algorithm 1)."""
-    return torch.randint(num_steps, (count,), generator=source, device=source.device)
+    return torch.randint(schedule.num_steps, (count,), generator=source, device=source.device)
 
 
-def stratified_timesteps(num_steps: int, count: int, source: torch.Generator) -> Tensor:
+def lognormal_timesteps(schedule: NoiseSchedule, count: int, source: torch.Generator) -> Tensor:
+    """int64 (count,): the steps with sigma = s / a nearest to draws of a log-normal (Karras et al. 2022, table 1)."""
+    log_sigma = -schedule.log_ratio().to(source.device, torch.float32)
+    drawn = torch.randn(count, generator=source, device=source.device) * LOG_SIGMA_STD + LOG_SIGMA_MEAN
+    return torch.searchsorted((log_sigma[1:] + log_sigma[:-1]) / 2, drawn)
+
+
+def stratified_timesteps(schedule: NoiseSchedule, count: int, source: torch.Generator) -> Tensor:
     """int64 (count,): one from each of `count` equal parts of the schedule, in random order.
 
     Each is uniform on its own, so the expected gradient is unchanged; its variance over batches falls (Kingma et al.
@@ -41,10 +60,14 @@ def stratified_timesteps(num_steps: int, count: int, source: torch.Generator) ->
     """
     parts = torch.randperm(count, generator=source, device=source.device)
     u = torch.rand(count, generator=source, device=source.device, dtype=torch.float64)
-    return ((parts + u) * (num_steps / count)).long().clamp(max=num_steps - 1)
+    return ((parts + u) * (schedule.num_steps / count)).long().clamp(max=schedule.num_steps - 1)
 
 
-TIMESTEPS = {"uniform": uniform_timesteps, "stratified": stratified_timesteps}
+TIMESTEPS: dict[str, Callable[[NoiseSchedule, int, torch.Generator], Tensor]] = {
+    "uniform": uniform_timesteps,
+    "stratified": stratified_timesteps,
+    "lognormal": lognormal_timesteps,
+}
 
 
 class Loss:
@@ -58,30 +81,39 @@ class Loss:
     ) -> None:
         self.timesteps = TIMESTEPS[timesteps]
         self.schedule = schedule
-        self.target = PARAMETERIZATIONS[prediction].target
+        self.parameterization = PARAMETERIZATIONS[prediction]
         self.weights = WEIGHTS[weight](schedule.snr(), prediction).float()
         self.dtype = dtype
 
-    def per_image(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Unweighted loss of each image, float32 (B,). x0, eps: (B, C, H, W); t: int (B,)."""
-        x_t = q_sample(self.schedule, x0, t, eps)
+    def per_image(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, **given: Tensor) -> Tensor:
+        """Unweighted loss of each image, float32 (B,). x0, eps: (B, C, H, W); t: int (B,); `given`: for the network."""
+        a, s = signal_and_noise(self.schedule, t, x0)
+        x = self.parameterization.net_input(q_sample(self.schedule, x0, t, eps), a, s)
         with autocast(x0.device, self.dtype):
-            output = net(x_t, t)
-        target = self.target(x0, eps, *signal_and_noise(self.schedule, t, x0))
+            output = net(x, t, **given)
+        target = self.parameterization.target(x0, eps, a, s)
         return (output.float() - target).square().mean(dim=(1, 2, 3))
 
     def draw(self, x0: Tensor, batch_size: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         """(t, noise) of a whole batch: int (batch_size,) and float32 (batch_size, C, H, W), like images x0."""
-        t = self.timesteps(self.schedule.num_steps, batch_size, source)
+        t = self.timesteps(self.schedule, batch_size, source)
         eps = torch.empty((batch_size, *x0.shape[1:]), device=x0.device, memory_format=torch.channels_last)
         return t, eps.normal_(generator=source)
 
-    def training(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def training(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, **given: Tensor) -> Tensor:
         """Scalar loss of x0 (B, C, H, W) at steps t (B,) with noise eps: the weighted mean."""
-        return (self.weights[t] * self.per_image(net, x0, t, eps)).mean()
+        return (self.weights[t] * self.per_image(net, x0, t, eps, **given)).mean()
 
     @torch.inference_mode()
-    def validation(self, net: nn.Module, x0: Tensor, seed: int, batch_size: int, world: World = ALONE) -> float:
+    def validation(
+        self,
+        net: nn.Module,
+        x0: Tensor,
+        seed: int,
+        batch_size: int,
+        world: World = ALONE,
+        **given: Tensor,
+    ) -> float:
         """Unweighted mean loss of x0 (N, C, H, W) on one fixed (t, noise) grid; each rank of `world` does its share.
 
         t is spread evenly over the schedule, one stratum an image, so that N images cover all noise levels.
@@ -94,6 +126,7 @@ class Loss:
         total = torch.zeros((), dtype=torch.float64)
         for start in range(share.start, share.stop, batch_size):
             part = slice(start, min(start + batch_size, share.stop))
-            losses = self.per_image(net, x0[part], t[part].to(x0.device), eps[part].to(x0.device))
+            of_part = {name: value[part] for name, value in given.items()}
+            losses = self.per_image(net, x0[part], t[part].to(x0.device), eps[part].to(x0.device), **of_part)
             total += losses.cpu().double().sum()
         return float(world.sum_(total)) / len(x0)

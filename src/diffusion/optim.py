@@ -16,7 +16,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda u: 1.0 - u,
 }
 
-OUTER = frozenset({"stem", "head", "embedding", "embed"})  # not Muon's
+OUTER = frozenset({"stem", "head", "embedding", "class_embedding", "augment_embedding", "embed"})  # not Muon's
 NEWTON_SCHULZ_STEPS = 3  # usually 5: on a CPU these are a fifth of a small step, and no loss was seen
 
 

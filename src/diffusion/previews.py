@@ -20,6 +20,8 @@ def preview_config(config: TrainConfig) -> SampleConfig:
         eta=0.0,
         variance="fixed_small",
         clip_x0=True,
+        guidance=1.0,
+        labels="balanced",
         num_images=config.preview_images,
         batch_size=config.preview_images,
         compile="off",

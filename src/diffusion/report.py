@@ -8,12 +8,13 @@ from typing import Any
 
 import jinja2
 
-from diffusion import figures, paths
+from diffusion import diagrams, figures, paths, sampling
 from diffusion.config import Params
 from diffusion.data import real_images
 from diffusion.errors import UserError
 from diffusion.evaluation import load_samples
-from diffusion.schedules import make_schedule
+from diffusion.schedules import configured_schedule
+from diffusion.unet import UNet
 
 NOISED_IMAGES = 5
 SHOWN_PREVIEWS = 6
@@ -70,7 +71,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def report(params: Params) -> None:
-    """Write report/: loss.png, schedules.png, noising.png, real_and_generated.png and index.html, which holds them all.
+    """Write report/: loss.png, schedules.png, noising.png, ..., and index.html, which holds all pictures.
 
     Raises:
         UserError: an output of an earlier stage is missing or damaged.
@@ -80,17 +81,22 @@ def report(params: Params) -> None:
     real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
     folder, diffusion = paths.REPORT, params.diffusion
     comparison = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
-    schedule = make_schedule(diffusion.schedule, diffusion.num_steps)
+    schedule = configured_schedule(diffusion)
     figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
     figures.schedules(diffusion.num_steps, folder / "schedules.png", used=diffusion.schedule)
     figures.noising_strip(real[:NOISED_IMAGES], schedule, folder / "noising.png")
+    figures.save(diagrams.schedules_noising_figure(real[0], diffusion.num_steps), folder / "noising_by_schedule.png")
+    figures.save(diagrams.unet_figure(UNet(params.model)), folder / "unet.png")
     figures.comparison(real, generated, comparison, folder / "real_and_generated.png")
     pictures = {
         "Real and generated": folder / "real_and_generated.png",
         "From noise to image": paths.SAMPLES / "denoising.png",
+        **_of_classes(),
         "Loss": folder / "loss.png",
         "The forward process": folder / "noising.png",
         "Noise schedules": folder / "schedules.png",
+        "Noise by schedule": folder / "noising_by_schedule.png",
+        "The network": folder / "unet.png",
     }
     page = PAGE.render(
         summary=f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {len(generated):,} samples",
@@ -100,6 +106,15 @@ def report(params: Params) -> None:
         about=[_rows(details) for details in evaluated["about"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _of_classes() -> dict[str, Path]:
+    """Pictures that only a conditional model has."""
+    titles = {
+        "Samples by class: a row each": paths.SAMPLES / "classes.png",
+        f"Guidance {', '.join(f'{g:g}' for g in sampling.GUIDANCES)}, the same noise": paths.SAMPLES / "guidance.png",
+    }
+    return {title: path for title, path in titles.items() if path.exists()}
 
 
 def _headline(scores: dict[str, float], trained: dict[str, Any]) -> list[tuple[str, str]]:

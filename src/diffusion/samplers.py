@@ -8,7 +8,9 @@ a function here, an entry in SAMPLERS, its name in config.py.
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from diffusion.config import SampleConfig
 from diffusion.parameterization import Prediction
-from diffusion.process import column, posterior_mean_variance
-from diffusion.schedules import NoiseSchedule
+from diffusion.process import column, posterior_mean_variance, signal_and_noise
+from diffusion.schedules import SIGMA_MAX, NoiseSchedule, sampling_timesteps
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[], Tensor]
@@ -62,7 +64,116 @@ def ddim(
         yield x
 
 
-SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {"ddpm": ddpm, "ddim": ddim}
+def heun(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    timesteps: Tensor,
+    *,
+    noise: Noise | None = None,  # not used: deterministic, as the next two are
+) -> Iterator[Tensor]:
+    """Karras et al. 2022, algorithm 1 without churn: the trapezoidal rule for x / a over sigma = s / a, order 2.
+
+    Two evaluations a step, but one in the last, and in a first one from beyond SIGMA_MAX, which would be far too long.
+    """
+    x = x_T
+    blind = _is_noise(schedule, timesteps)
+    for t, s, last in _pairs(timesteps, x):
+        (a_t, s_t), (a_s, s_s) = signal_and_noise(schedule, t, x), signal_and_noise(schedule, s, x)
+        x0, eps = denoise(x, t)
+        euler = a_s * x0 + s_s * eps
+        if not last and not blind:
+            slope = (eps + denoise(euler, s).eps) / 2
+            euler = a_s * (x / a_t + (s_s / a_s - s_t / a_t) * slope)
+        x, blind = euler, False
+        yield x
+
+
+def dpmpp_2m(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    timesteps: Tensor,
+    *,
+    noise: Noise | None = None,
+) -> Iterator[Tensor]:
+    """DPM-Solver++(2M): Lu et al. 2022 (DPM-Solver++), algorithm 2, order 2 with one evaluation a step."""
+    return _multistep(denoise, schedule, x_T, timesteps, correct=False)
+
+
+def unipc(
+    denoise: Denoise,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    timesteps: Tensor,
+    *,
+    noise: Noise | None = None,
+) -> Iterator[Tensor]:
+    """UniPC-2 with B2(h) = e^h - 1 on x0 (Zhao et al. 2023, algorithms 1 and 2): its predictor is DPM-Solver++(2M)."""
+    return _multistep(denoise, schedule, x_T, timesteps, correct=True)
+
+
+def _multistep(
+    denoise: Denoise, schedule: NoiseSchedule, x_T: Tensor, timesteps: Tensor, *, correct: bool
+) -> Iterator[Tensor]:
+    x, step = x_T, None
+    for t, s, last in _pairs(timesteps, x):
+        x0 = denoise(x, t).x0
+        if correct and step:
+            x = step.corrected(x0)
+        step = ExponentialStep.between(schedule, t, s, x, x0, step)
+        x = step.predicted(first_order=last)
+        yield x
+
+
+@dataclass(frozen=True)
+class ExponentialStep:
+    """From x and x0 at step t to step s, exact if x0 is constant in between; h = growth of lambda = log(a / s)."""
+
+    x: Tensor
+    x0: Tensor
+    h: Tensor  # float64 (B,)
+    decay: Tensor  # of x, (B, 1, 1, 1)
+    gain: Tensor  # of x0
+    before: "ExponentialStep | None"
+
+    @staticmethod
+    def between(
+        schedule: NoiseSchedule, t: Tensor, s: Tensor, x: Tensor, x0: Tensor, before: "ExponentialStep | None"
+    ) -> "ExponentialStep":
+        alpha_bar_t, alpha_bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+        h = (torch.logit(alpha_bar_s) - torch.logit(alpha_bar_t)) / 2
+        decay, gain = ((1 - alpha_bar_s) / (1 - alpha_bar_t)).sqrt(), -alpha_bar_s.sqrt() * torch.expm1(-h)
+        return ExponentialStep(x, x0, h, column(decay, x), column(gain, x), before and replace(before, before=None))
+
+    def predicted(self, *, first_order: bool) -> Tensor:
+        """X at s, with x0's slope from the step before."""
+        if first_order or not self.before:
+            return self._to(self.x0)
+        return self._to(self.x0 + column(self.h / self.before.h / 2, self.x) * (self.x0 - self.before.x0))
+
+    def corrected(self, x0_s: Tensor) -> Tensor:
+        """X at s again, now that x0 was found there: UniC with B2(h) (Zhao et al. 2023, algorithm 1, appendix A)."""
+        if not self.before:
+            return self._to((self.x0 + x0_s) / 2)
+        b, r = torch.expm1(-self.h), -self.before.h / self.h
+        phi2 = -b / self.h - 1
+        b1, b2 = phi2 / b, 2 * (-phi2 / self.h - 0.5) / b
+        of_before = (b1 - b2) / (1 - r)
+        slope = column(of_before / r, self.x) * (self.before.x0 - self.x0)
+        return self._to(self.x0 + slope + column(b1 - of_before, self.x) * (x0_s - self.x0))
+
+    def _to(self, x0: Tensor) -> Tensor:
+        return self.decay * self.x + self.gain * x0
+
+
+SAMPLERS: dict[str, Callable[..., Iterator[Tensor]]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "unipc": unipc,
+}
 
 
 def configured(config: SampleConfig) -> Callable[..., Iterator[Tensor]]:
@@ -70,6 +181,19 @@ def configured(config: SampleConfig) -> Callable[..., Iterator[Tensor]]:
     sampler = SAMPLERS[config.sampler]
     options = [p.name for p in inspect.signature(sampler).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return partial(sampler, **{name: getattr(config, name) for name in options if name != "noise"})
+
+
+def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
+    """Network evaluations that an image takes; with guidance each is of two images in one call."""
+    if config.sampler != "heun":
+        return config.steps
+    timesteps = sampling_timesteps(config.spacing, schedule, config.steps)
+    return 2 * config.steps - 1 - (_is_noise(schedule, timesteps) and config.steps > 1)
+
+
+def _is_noise(schedule: NoiseSchedule, timesteps: Tensor) -> bool:
+    """Whether the first step comes from beyond SIGMA_MAX."""
+    return float(schedule.log_ratio()[timesteps[0]]) < -math.log(SIGMA_MAX * 1.1)
 
 
 def _pairs(timesteps: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:

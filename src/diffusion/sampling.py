@@ -1,5 +1,6 @@
 """Images from noise: image i has random numbers of its own, whatever the batch it is made in."""
 
+import dataclasses
 import math
 import sys
 from collections import deque
@@ -14,11 +15,12 @@ from diffusion.data import to_uint8
 from diffusion.errors import UserError
 from diffusion.noise import standard_normals
 from diffusion.parameterization import Denoiser
-from diffusion.samplers import configured
+from diffusion.samplers import configured, evaluations
 from diffusion.schedules import sampling_timesteps
 
 CPU_BATCH = 256
 CUDA_BATCH = 4096  # tried first; from there on only the memory grows, and what a stop loses
+GUIDANCES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0)
 COMPILE_FROM = 5_000_000  # network evaluations of one image: fewer are done before the compiler is
 
 
@@ -31,10 +33,29 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """X after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last."""
     noise = standard_normals(seed, indices, denoiser.image_shape, device)
-    timesteps = sampling_timesteps(config.spacing, denoiser.schedule.num_steps, config.steps)
+    timesteps = sampling_timesteps(config.spacing, denoiser.schedule, config.steps)
+    labels = labels_of(config, denoiser.num_classes, indices)
+    if labels is not None:
+        denoiser = denoiser.of(labels.to(device), config.guidance)
     x_T = next(noise)
     yield x_T
     yield from configured(config)(denoiser, denoiser.schedule, x_T, timesteps, noise=noise.__next__)
+
+
+def labels_of(config: SampleConfig, num_classes: int | None, indices: Sequence[int]) -> Tensor | None:
+    """int64 (B,): the classes of the images `indices`; image i's is a function of i. None for unconditional networks.
+
+    Raises:
+        UserError: the network does not know one of `sample.labels`, or knows no classes to guide by.
+    """
+    wanted = range(num_classes or 0) if config.labels == "balanced" else config.labels
+    if num_classes is None:
+        if wanted or config.guidance != 1.0:
+            raise UserError("the model knows no classes: set sample.labels: balanced and sample.guidance: 1.0")
+        return None
+    if not wanted or max(wanted) >= num_classes:
+        raise UserError(f"sample.labels: give balanced, or classes from 0 to {num_classes - 1}")
+    return torch.tensor([wanted[i % len(wanted)] for i in indices])
 
 
 def generate(
@@ -56,6 +77,18 @@ def stages(
     return torch.stack([to_uint8(x) for step, x in frames if step in picked]).cpu()
 
 
+def by_class(images: Tensor, labels: Tensor, columns: int) -> Tensor:
+    """uint8 (classes * columns, H, W, C): the first `columns` images of each class that has so many, class by class."""
+    rows = [images[labels == label][:columns] for label in labels.unique().tolist()]
+    return torch.cat([row for row in rows if len(row) == columns] or [images[:0]])
+
+
+def guidance_sweep(denoiser: Denoiser, config: SampleConfig, seed: int, indices: range, device: torch.device) -> Tensor:
+    """uint8 (len(GUIDANCES), B, H, W, C): the images `indices` with each guidance, from the same noise."""
+    guided = [dataclasses.replace(config, guidance=g, compile="off") for g in GUIDANCES]
+    return torch.stack([torch.cat([*generate(denoiser, one, seed, indices, device)]) for one in guided])
+
+
 def batch_size(denoiser: Denoiser, config: SampleConfig, images: int, device: torch.device) -> int:
     """`sample.batch_size`; if null the largest that fits, tried on CUDA, so that `images` make batches of equal size.
 
@@ -66,7 +99,7 @@ def batch_size(denoiser: Denoiser, config: SampleConfig, images: int, device: to
         return min(config.batch_size, images)
     size = min(CUDA_BATCH if device.type == "cuda" else CPU_BATCH, images)
     if device.type == "cuda":
-        while not _fits(denoiser, size, device):
+        while not _fits(_as_drawn(denoiser, config, size, device), size, device):
             size = _halved(size, device)
     return math.ceil(images / math.ceil(images / size))
 
@@ -91,9 +124,9 @@ class Drawing:
         images: int,  # that will be drawn: whether compiling pays
     ) -> None:
         self.config, self.seed, self.device, self.size = config, seed, device, size
-        wanted = device.type == "cuda" and images * config.steps >= COMPILE_FROM
+        wanted = device.type == "cuda" and images * evaluations(config, denoiser.schedule) >= COMPILE_FROM
         if config.compile == "on" or (config.compile == "auto" and wanted):
-            compiled = _compiled(denoiser, size, device, must=config.compile == "on")
+            compiled = _compiled(denoiser, config, size, device, must=config.compile == "on")
         else:
             compiled = None
         self.denoiser = compiled or denoiser
@@ -130,6 +163,12 @@ class Drawing:
             return None
 
 
+def _as_drawn(denoiser: Denoiser, config: SampleConfig, size: int, device: torch.device) -> Denoiser:
+    """With labels and guidance, which may double the batch that the network sees."""
+    labels = labels_of(config, denoiser.num_classes, range(size))
+    return denoiser if labels is None else denoiser.of(labels.to(device), config.guidance)
+
+
 @torch.inference_mode()
 def _fits(denoiser: Denoiser, size: int, device: torch.device) -> bool:
     x = torch.zeros((size, *denoiser.image_shape), device=device).contiguous(memory_format=torch.channels_last)
@@ -148,11 +187,13 @@ def _halved(size: int, device: torch.device) -> int:
     return math.ceil(size / 2)
 
 
-def _compiled(denoiser: Denoiser, size: int, device: torch.device, *, must: bool) -> Denoiser | None:
+def _compiled(
+    denoiser: Denoiser, config: SampleConfig, size: int, device: torch.device, *, must: bool
+) -> Denoiser | None:
     """`denoiser`, compiled for batches of `size`; None if that cannot be done here, unless it `must`."""
     compiled = denoiser.compiled()
     try:
-        _fits(compiled, size, device)  # the first call compiles
+        _fits(_as_drawn(compiled, config, size, device), size, device)  # the first call compiles
     except Exception as error:  # torch's compiler raises many kinds: no C compiler, no Triton, an unknown GPU
         reason = " ".join(str(error).split())[:160]
         if must:

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.config import DiffusionConfig
+
+SIGMA_MAX = 80.0  # of s / a: from there on x_t is noise to any purpose (Karras et al. 2022, table 1)
 MAX_BETA = 0.999  # keeps the last steps of cosine and sigmoid finite (Nichol & Dhariwal 2021, section 3.2)
 
 
@@ -39,6 +42,10 @@ class NoiseSchedule:
             return self
         return NoiseSchedule(self.betas.to(device), self.alphas_cumprod.to(device))
 
+    def log_ratio(self) -> Tensor:
+        """float64 (num_steps,): lambda = log(a / s) with a = sqrt(alpha-bar), s = sqrt(1 - alpha-bar)."""
+        return torch.logit(self.alphas_cumprod) / 2
+
     def snr(self) -> Tensor:
         """float64 (num_steps,): signal-to-noise ratio alpha-bar / (1 - alpha-bar)."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
@@ -65,15 +72,23 @@ def sigmoid_betas(num_steps: int) -> np.ndarray:
     return _betas(lambda u: (high - sigmoid(6.0 * u - 3.0)) / (high - low), num_steps)
 
 
+def edm_betas(num_steps: int) -> np.ndarray:
+    """Karras et al. 2022 in variance-preserving form, alpha-bar = 1 / (1 + sigma^2): ln sigma even, 0.002 to 80."""
+    sigma = np.exp(np.linspace(math.log(0.002), math.log(80.0), num_steps)) if num_steps > 1 else np.array([80.0])
+    alphas_cumprod = 1.0 / (1.0 + np.concatenate([[0.0], sigma]) ** 2)
+    return 1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1]
+
+
 SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
     "linear": linear_betas,
     "cosine": cosine_betas,
     "sigmoid": sigmoid_betas,
+    "edm": edm_betas,
 }
 
 
-def make_schedule(name: str, num_steps: int) -> NoiseSchedule:
-    """The schedule `linear | cosine | sigmoid` with num_steps >= 1 steps.
+def make_schedule(name: str, num_steps: int, *, zero_terminal_snr: bool = False) -> NoiseSchedule:
+    """The schedule `linear | cosine | sigmoid | edm` with num_steps >= 1; if asked, no signal is left at the last step.
 
     Raises:
         ValueError: unknown name, or no steps.
@@ -81,36 +96,72 @@ def make_schedule(name: str, num_steps: int) -> NoiseSchedule:
     if name not in SCHEDULES or num_steps < 1:
         raise ValueError(f"no schedule {name!r} with {num_steps} steps: use one of {', '.join(SCHEDULES)}, 1 or more")
     betas = SCHEDULES[name](num_steps)
+    if zero_terminal_snr:
+        betas = without_terminal_signal(betas)
     return NoiseSchedule(torch.from_numpy(betas), torch.from_numpy(np.cumprod(1.0 - betas)))
 
 
-def sampling_timesteps(spacing: str, num_steps: int, count: int) -> Tensor:
-    """int64 (count,), descending: the steps of 0 .. num_steps - 1 that a sampler of `count` evaluations visits.
+def configured_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """The schedule of the diffusion section."""
+    return make_schedule(config.schedule, config.num_steps, zero_terminal_snr=config.zero_terminal_snr)
 
-    uniform: evenly from 0 to the last; quadratic: even in sqrt(t), dense near 0 (Song et al. 2021, section 5.2, with
-    the last step kept); trailing: evenly, ending at the last step (Lin et al. 2023, table 2).
+
+def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
+    """Lin et al. 2023, algorithm 1: sqrt(alpha-bar) shifted to end at 0 and scaled to begin as before."""
+    signal = np.sqrt(np.cumprod(1.0 - betas))
+    if len(signal) == 1:
+        return np.ones(1)
+    signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    return 1.0 - np.concatenate([[signal[0]], signal[1:] / signal[:-1]]) ** 2
+
+
+def sampling_timesteps(spacing: str, schedule: NoiseSchedule, count: int) -> Tensor:
+    """int64 (count,), descending: the steps of `schedule` that a sampler of `count` steps visits.
+
+    uniform: evenly from the last to 0; quadratic: even in sqrt(t), dense near 0 (Song et al. 2021, section 5.2, with
+    the last step kept); trailing: evenly, ending at the last step (Lin et al. 2023, table 2); logsnr: even in
+    log(a / s) (Lu et al. 2022, DPM-Solver, section 3.3); karras: even in sigma^(1/7) with sigma = s / a (Karras et al.
+    2022, eq. 5). The last two begin where sigma is SIGMA_MAX, if the schedule goes beyond: cosine's ends at 20,000.
 
     Raises:
         ValueError: unknown spacing, or count outside 1 .. num_steps.
     """
+    num_steps = schedule.num_steps
     if not 1 <= count <= num_steps:
         raise ValueError(f"{count} sampling steps of {num_steps}")
-    last = num_steps - 1
-    if spacing == "uniform":
-        steps = np.linspace(last, 0, count)
-    elif spacing == "quadratic":
-        steps = np.linspace(math.sqrt(last), 0, count) ** 2
-    elif spacing == "trailing":
-        steps = np.arange(count, 0, -1) * num_steps / count - 1
-    else:
-        raise ValueError(f"no spacing {spacing!r}: use uniform, quadratic or trailing")
-    return _distinct(np.round(steps).astype(np.int64))
+    if spacing not in SPACINGS:
+        raise ValueError(f"no spacing {spacing!r}: use one of {', '.join(SPACINGS)}")
+    return _distinct(np.round(SPACINGS[spacing](schedule, count)).astype(np.int64))
+
+
+def _even_in(of_log_sigma: Callable[[np.ndarray], np.ndarray]) -> Callable[[NoiseSchedule, int], np.ndarray]:
+    def steps(schedule: NoiseSchedule, count: int) -> np.ndarray:
+        log_sigma = -schedule.log_ratio().cpu().numpy()
+        largest = math.log(SIGMA_MAX)
+        usable = min(max(int((log_sigma < largest).sum()) + 1, count), len(log_sigma))
+        table = of_log_sigma(np.minimum(log_sigma[:usable], max(largest, log_sigma[0])))
+        return np.interp(np.linspace(table[-1], table[0], count), table, np.arange(usable))
+
+    return steps
+
+
+SPACINGS: dict[str, Callable[[NoiseSchedule, int], np.ndarray]] = {
+    "uniform": lambda schedule, count: np.linspace(schedule.num_steps - 1, 0, count),
+    "quadratic": lambda schedule, count: np.linspace(math.sqrt(schedule.num_steps - 1), 0, count) ** 2,
+    "trailing": lambda schedule, count: np.arange(count, 0, -1) * schedule.num_steps / count - 1,
+    "logsnr": _even_in(lambda log_sigma: log_sigma),
+    "karras": _even_in(lambda log_sigma: np.exp(log_sigma / 7.0)),
+}
 
 
 def _distinct(descending: np.ndarray) -> Tensor:
-    """Push equal neighbours apart (quadratic spacing repeats small t) without leaving 0 .. first."""
+    """Push equal neighbours apart (spacings that are dense at one end repeat steps) without leaving 0 .. first."""
+    first = descending[0]
     for i in range(len(descending) - 2, -1, -1):
         descending[i] = max(descending[i], descending[i + 1] + 1)
+    descending[0] = first
+    for i in range(1, len(descending)):
+        descending[i] = min(descending[i], descending[i - 1] - 1)
     return torch.from_numpy(descending)
 
 

@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -14,18 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from diffusion import checkpoint
+from diffusion import augment, checkpoint
 from diffusion.config import TrainedConfig, to_dict
 from diffusion.data import Batches, Dataset, to_tensor
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import ALONE, World, data_parallel
 from diffusion.ema import EMA, ema_decay
 from diffusion.loss import Loss
 from diffusion.optim import clipped_step, learning_rate, make_optimizer
 from diffusion.provenance import code_digest
 from diffusion.runtime import compiled, generator, resolve_precision, seeded, use_fast_kernels
-from diffusion.schedules import make_schedule
+from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
@@ -90,9 +88,11 @@ class Trainer:
             world.fail(f"{world.size} processes cannot share train.batch_size = {config.train.batch_size}: raise it")
         if data.image_shape != (shape := config.model.image_shape):
             world.fail(f"the images have the shape {data.image_shape} and the model wants {shape}: run `dvc repro`")
+        if config.model.num_classes and (classes := int(data.labels.max()) + 1) > config.model.num_classes:
+            world.fail(f"the images have {classes} classes: set model.num_classes: {classes}")
         use_fast_kernels(device)
         self.dtype = resolve_precision(config.train.precision, device)
-        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.num_steps).to(device)
+        self.schedule = configured_schedule(config.diffusion).to(device)
         with seeded(config.seed, "init", 0, torch.device("cpu")):
             net = UNet(config.model)
         self.net: nn.Module = net.to(device).to(memory_format=torch.channels_last)
@@ -104,6 +104,7 @@ class Trainer:
         size, flip = config.train.batch_size, config.train.flip
         self.batches = Batches(data, size, config.seed, flip=flip, device=device, share=self.share)
         self.val = to_tensor(data.read(data.val).to(device))
+        self.val_given = {"labels": data.labels[data.val].to(device)} if config.model.num_classes else {}
         self.progress = Progress()
         self.reads_every_step = device.type == "cpu"  # there it costs nothing
         self._unread: list[Tensor] = []  # [loss, gradient norm] of the steps that `settle` has not seen
@@ -162,7 +163,7 @@ class Trainer:
         """Validation loss of the EMA weights; the best ones are kept."""
         progress = self.progress
         size = 2 * len(self.share)
-        value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world)
+        value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world, **self.val_given)
         progress.val_rows.append({"step": progress.step, "val_loss": value})
         if value < progress.best_val_loss:
             progress.best_step, progress.best_val_loss = progress.step, value
@@ -205,19 +206,38 @@ class Trainer:
         x0, share = self.batches(step), slice(self.share.start, self.share.stop)
         # Every rank draws the whole batch's numbers, which is cheap, and takes its share of them.
         drawn = self.loss.draw(x0, config.batch_size, generator(self.config.seed, "train" + salt, step, self.device))
-        t, eps = drawn[0][share], drawn[1][share]
+        t, eps, given = drawn[0][share], drawn[1][share], self._given(salt)
+        if "augment" in given:
+            x0 = augment.applied(x0, given["augment"])
         total = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         size = config.micro_batch or len(x0)
         for start in range(0, len(x0), size):
             part = slice(start, start + size)
             with self._reduced(start + size >= len(x0)), self._dropout(salt, share.start + start):
-                mean = self.loss.training(self._forward, x0[part], t[part], eps[part])
+                of_part = {name: value[part] for name, value in given.items()}
+                mean = self.loss.training(self._forward, x0[part], t[part], eps[part], **of_part)
                 loss = mean * (len(x0[part]) / config.batch_size)
                 # DDP takes the mean over ranks, whatever their shares: the factor makes it the mean over images.
                 (loss * world.size).backward()
             total += loss.detach()
         return world.sum_(total)
+
+    def _given(self, salt: str) -> dict[str, Tensor]:
+        """What the network is told of this rank's images beside x and t.
+
+        labels: int64 (B,), -1 where dropped (Ho & Salimans 2022, algorithm 1); augment: float32 (B, augment.LABELS).
+        """
+        step, config, given = self.progress.step, self.config, {}
+        count, share = config.train.batch_size, slice(self.share.start, self.share.stop)
+        if config.model.num_classes:
+            source = generator(config.seed, "labels" + salt, step, self.device)
+            dropped = torch.rand(count, generator=source, device=self.device) < config.train.label_dropout
+            given["labels"] = self.batches.labels(step).masked_fill(dropped[share], -1)
+        if config.model.augment:
+            source = generator(config.seed, "augment" + salt, step, self.device)
+            given["augment"] = augment.draw(count, config.model.augment, source)[share]
+        return given
 
     def _reduced(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Only the last micro-batch's backward pass sums gradients over the ranks."""
@@ -260,13 +280,6 @@ class Trainer:
         values: dict[str, Any] = state["progress"]
         self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)
-
-
-def data_parallel(net: nn.Module) -> DistributedDataParallel:
-    """`net` with gradients that are means over the ranks; its only buffer is a constant table, never synchronised."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers, 2.11 has no other name
-        return DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def smoothed(rows: Sequence[Mapping[str, float]], loss: float) -> float:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion.augment import LABELS
 from diffusion.config import ModelConfig
 from diffusion.layers import (
     Downsample,
@@ -19,16 +20,19 @@ from diffusion.layers import (
 
 
 class UNet(nn.Module):
-    """net(x, t) -> what diffusion.prediction says, the shape of x.
+    """net(x, t, labels) -> what diffusion.prediction says, the shape of x.
 
-    x: (B, image_channels, image_size, image_size) in [-1, 1] plus noise; t: int (B,). patch_size p moves p x p pixels
-    into channels first, so the first level works at image_size / p: most of the quality at a fraction of the cost.
+    x: (B, image_channels, image_size, image_size) in [-1, 1] plus noise; t: int (B,); labels: int (B,), -1 or None = of
+    no class. patch_size p moves p x p pixels into channels first, so the first level works at image_size / p: most of
+    the quality at a fraction of the cost. augment: float32 (B, 8), what training did to the images (augment.py).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.patch_size = config.patch_size
         self.image_shape = config.image_shape
+        self.num_classes = config.num_classes
         patch_channels = config.image_channels * config.patch_size**2
         width = 4 * config.channels
         levels = [config.channels * m for m in config.multipliers]
@@ -39,6 +43,10 @@ class UNet(nn.Module):
             return Block(channels_in, channels_out, width, config, attend)
 
         self.embedding = TimestepEmbedding(config.channels, width)
+        if config.num_classes:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last: of no class
+        if config.augment:
+            self.augment_embedding = nn.Linear(LABELS, width, bias=False)
         self.stem = conv3x3(patch_channels, config.channels)
 
         self.down = nn.ModuleList()
@@ -49,7 +57,7 @@ class UNet(nn.Module):
                 channels = level_channels
                 skips.append(channels)
             if level < len(levels) - 1:
-                self.down.append(Downsample(channels))
+                self.down.append(Downsample(channels, config.downsample))
                 skips.append(channels)
                 size //= 2
 
@@ -76,15 +84,21 @@ class UNet(nn.Module):
         self.norm = group_norm(channels, config.norm_groups)
         self.head = zeroed(conv3x3(channels, patch_channels))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """See the class.
 
         Raises:
-            ValueError: labels were given; this network is unconditional.
+            ValueError: labels were given, and this network is unconditional.
         """
-        if labels is not None:
+        embedding = self.embedding(t)
+        if self.num_classes:
+            known = torch.full_like(t, -1) if labels is None else labels
+            embedding = embedding + self.class_embedding(torch.where(known < 0, self.num_classes, known))
+        elif labels is not None:
             raise ValueError("this network is unconditional: call it without labels")
-        embedding = F.silu(self.embedding(t))
+        if augment is not None:
+            embedding = embedding + self.augment_embedding(augment)
+        embedding = F.silu(embedding)
         h = self.stem(F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x)
         skips = [h]
         for layer in self.down:

@@ -1,0 +1,129 @@
+"""How good are the samples for how many network evaluations? Each solver on the model of `dvc repro train`.
+
+fd_lite0 of the same 2,000 noises drawn by each solver with 5 to 100 evaluations, and by ddpm with 1,000, against the
+first 10,000 training images. What is done is kept in results/solvers.json and is not done again for the same model.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from laptop_quality import REFERENCE
+from machine import RESULTS, report
+
+from diffusion import diagrams, figures, paths, sampling
+from diffusion.config import Params, SampleConfig, load
+from diffusion.data import real_images
+from diffusion.evaluation import make_reference, moments_of
+from diffusion.export import load_model
+from diffusion.features import EfficientNetLite0
+from diffusion.metrics import frechet_distance
+from diffusion.parameterization import Denoiser
+from diffusion.runtime import keep_freed_memory, resolve_device, resolve_precision, use_fast_kernels
+from diffusion.samplers import evaluations
+from diffusion.schedules import configured_schedule
+
+EVALUATIONS = (5, 10, 15, 20, 50, 100)
+SOLVERS = (
+    ("ddim", "trailing"),
+    ("ddim", "quadratic"),
+    ("heun", "trailing"),
+    ("heun", "karras"),
+    ("dpmpp_2m", "trailing"),
+    ("dpmpp_2m", "logsnr"),
+    ("dpmpp_2m", "karras"),
+    ("unipc", "trailing"),
+    ("unipc", "logsnr"),
+    ("unipc", "karras"),
+)
+FULL = ("ddpm", "uniform", 1000)
+
+
+@click.command()
+@click.option("--samples", default=2000, show_default=True, help="Images of each score.")
+@click.option(
+    "--full/--no-full", default=True, show_default=True, help="ddpm with 1,000 evaluations too: half the time."
+)
+@click.option("--picture", type=click.Path(path_type=Path), default=None, help="Where to draw the curves.")
+def main(samples: int, full: bool, picture: Path | None) -> None:
+    """Measure, print one JSON line, write results/solvers.json."""
+    keep_freed_memory()
+    params = load("params.yaml")
+    device = resolve_device(params.sample.device)
+    denoiser, about = model(params, device)
+    scorer = Scorer(params, device)
+    known = kept(about, samples)
+    wanted = [*runs(params.sample), *([configured(params.sample, *FULL)] if full else [])]
+    for config in wanted:
+        key = f"{config.sampler} {config.spacing} {evaluations(config, denoiser.schedule)}"
+        if key not in known:
+            known[key] = round(scorer(denoiser, config, range(samples)), 1)
+            click.echo(f"{key}: fd_lite0 {known[key]}", err=True)
+            report("solvers", {"samples": samples, "model": about, "fd_lite0": known})
+    report("solvers", {"samples": samples, "model": about, "fd_lite0": known})
+    if picture:
+        figures.save(diagrams.solvers_figure(known), picture)
+
+
+def runs(sample: SampleConfig) -> Iterator[SampleConfig]:
+    """Each solver and spacing with each number of evaluations; Heun's is odd, so it takes one less."""
+    for sampler, spacing in SOLVERS:
+        for count in EVALUATIONS:
+            yield configured(sample, sampler, spacing, (count + 1) // 2 if sampler == "heun" else count)
+
+
+def configured(sample: SampleConfig, sampler: Any, spacing: Any, steps: int) -> SampleConfig:
+    """`sample` with another solver, deterministic where it can be."""
+    return dataclasses.replace(sample, sampler=sampler, spacing=spacing, steps=steps, eta=0.0, variance="fixed_small")
+
+
+def model(params: Params, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
+    """The trained model as the sample stage loads it, and what it is."""
+    use_fast_kernels(device)
+    net, trained = load_model(paths.MODEL)
+    schedule = configured_schedule(trained.diffusion).to(device)
+    dtype = resolve_precision(params.sample.precision, device)
+    prediction, clip = trained.diffusion.prediction, params.sample.clip_x0
+    denoiser = Denoiser(net.to(device), schedule, prediction, dtype=dtype, clip_x0=clip)
+    about = {
+        "sha256": hashlib.sha256(paths.MODEL.read_bytes()).hexdigest()[:16],
+        "schedule": trained.diffusion.schedule,
+        "prediction": prediction,
+        "images_seen": trained.train.steps * trained.train.batch_size,
+        "clip_x0": clip,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    return denoiser, about
+
+
+class Scorer:
+    """fd_lite0 of images that a solver draws; the real images' statistics are made once."""
+
+    def __init__(self, params: Params, device: torch.device) -> None:
+        self.params, self.device, self.extractor = params, device, EfficientNetLite0()
+        real = real_images("train")[:REFERENCE]
+        self.reference = make_reference(real, "train", self.extractor, params.evaluate.batch_size, device)
+
+    def __call__(self, denoiser: Denoiser, config: SampleConfig, indices: range) -> float:
+        drawn = sampling.generate(denoiser, config, self.params.seed, indices, self.device)
+        images = np.concatenate([batch.numpy() for batch in drawn])
+        found = moments_of(images, self.extractor, self.params.evaluate.batch_size, self.device, "fd_lite0")
+        return frechet_distance(found.mean, found.cov, self.reference.mean, self.reference.cov)
+
+
+def kept(about: dict[str, Any], samples: int) -> dict[str, float]:
+    """What results/solvers.json holds of the same model and number of samples."""
+    path = RESULTS / "solvers.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    same = content.get("model") == about and content.get("samples") == samples
+    return dict(content["fd_lite0"]) if same else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Models from and to Hugging Face diffusers: a pipeline folder with a UNet2DModel and its scheduler, as safetensors.
+
+    python -m diffusion.interchange write FOLDER      models/model.safetensors as a diffusers pipeline
+    python -m diffusion.interchange read FOLDER       the pipeline as models/model.safetensors, for the sample stage
+
+Nothing of diffusers is needed for either. In Python: `DDPMPipeline.from_pretrained(FOLDER)`.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffusion import paths
+from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, load, trained
+from diffusion.errors import UserError
+from diffusion.export import load_model, save_model
+from diffusion.interchange_layers import joined, layers, split
+from diffusion.schedules import SCHEDULES, configured_schedule, make_schedule
+from diffusion.unet import UNet
+
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their defaults differ in part
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-6,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+}
+DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+}
+
+
+def write_pipeline(net: UNet, config: TrainedConfig, folder: Path) -> None:
+    """Write `folder` as a diffusers DDPMPipeline: model_index.json, unet/ and scheduler/.
+
+    Raises:
+        UserError: the network, or what it predicts, has no counterpart there.
+    """
+    unet, scheduler = unet_config(config.model), scheduler_config(config.diffusion)
+    state = net.state_dict()
+    weights = {theirs: part for ours, theirs in layers(net) for theirs, part in split(ours, theirs, state)}
+    for name, content in (("unet", unet), ("scheduler", scheduler)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        file = "config.json" if name == "unet" else "scheduler_config.json"
+        (folder / name / file).write_text(json.dumps(content, indent=2) + "\n")
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / "unet" / WEIGHTS)
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:
+    """The network and the diffusion section of a diffusers pipeline folder, or of its unet folder alone.
+
+    Raises:
+        UserError: a file is missing or damaged, or the network is of another kind.
+    """
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    try:
+        unet = DEFAULTS | json.loads((place / "config.json").read_text())
+        found = load_file(place / WEIGHTS)
+        scheduler = json.loads((place.parent / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a diffusers pipeline with safetensors ({error})") from None
+    net = UNet(model_config(unet))
+    try:
+        net.load_state_dict({ours: joined(ours, theirs, found) for ours, theirs in layers(net)})
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{place / WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:200]})"
+        ) from None
+    return net.eval().requires_grad_(False), diffusion_config(scheduler)
+
+
+# --- configs
+
+
+def unet_config(model: ModelConfig) -> dict[str, Any]:
+    """Config.json of the UNet2DModel that computes the same.
+
+    Raises:
+        UserError: there is none.
+    """
+    for key, only in (("patch_size", 1), ("upsample", "conv"), ("augment", 0.0)):
+        if getattr(model, key) != only:
+            raise UserError(f"diffusers' UNet2DModel has no model.{key} = {getattr(model, key)}, only {only}")
+    widths = [model.channels * m for m in model.multipliers]
+    for width in widths:
+        if width % model.norm_groups:
+            raise UserError(f"diffusers' UNet2DModel wants model.norm_groups = {model.norm_groups} to divide {width}")
+    attends = [model.image_size // 2**level in model.attention_resolutions for level in range(len(widths))]
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": model.image_size,
+        "in_channels": model.image_channels,
+        "out_channels": model.image_channels,
+        "block_out_channels": widths,
+        "layers_per_block": model.num_blocks,
+        "down_block_types": ["AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "up_block_types": ["AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "attention_head_dim": model.head_channels,
+        "norm_num_groups": model.norm_groups,
+        "dropout": model.dropout,
+        "downsample_padding": 0 if model.downsample == "same" else 1,
+        "num_class_embeds": model.num_classes + 1 if model.num_classes else None,
+        **UNET_FIXED,
+    }
+
+
+def model_config(unet: dict[str, Any]) -> ModelConfig:
+    """Inverse of `unet_config`.
+
+    Raises:
+        UserError: this U-Net cannot compute what that one does.
+    """
+    for key, value in UNET_FIXED.items():
+        if unet[key] != value:
+            raise UserError(f"config.json: {key} = {unet[key]!r}; only {value!r} can be read")
+    widths, kinds = unet["block_out_channels"], unet["down_block_types"]
+    if any(width % widths[0] for width in widths) or not set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"}:
+        raise UserError(f"config.json: levels {kinds} of {widths} channels cannot be read")
+    return ModelConfig(
+        image_size=unet["sample_size"],
+        image_channels=unet["in_channels"],
+        patch_size=1,
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        num_blocks=unet["layers_per_block"],
+        attention_resolutions=tuple(unet["sample_size"] // 2**i for i, kind in enumerate(kinds) if "Attn" in kind),
+        head_channels=unet["attention_head_dim"],
+        upsample="conv",
+        downsample="same" if unet["downsample_padding"] == 0 else "symmetric",
+        norm_groups=unet["norm_num_groups"],
+        dropout=unet["dropout"],
+        num_classes=unet["num_class_embeds"] - 1 if unet["num_class_embeds"] else None,
+        augment=0.0,
+    )
+
+
+def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """scheduler_config.json of the DDPMScheduler with the same betas, which other diffusers schedulers read too.
+
+    Raises:
+        UserError: the prediction has no counterpart there.
+    """
+    if diffusion.prediction not in PREDICTIONS:
+        raise UserError(f"diffusers' schedulers have no diffusion.prediction = {diffusion.prediction}")
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": diffusion.num_steps,
+        "trained_betas": configured_schedule(diffusion).betas.tolist(),
+        "prediction_type": PREDICTIONS[diffusion.prediction],
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+        "timestep_spacing": "trailing",
+    }
+
+
+def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
+    """Inverse of `scheduler_config`; also of diffusers' named schedules that are ours.
+
+    Raises:
+        UserError: the betas are those of no schedule here.
+    """
+    num_steps = scheduler.get("num_train_timesteps", 1000)
+    betas = scheduler.get("trained_betas")
+    if betas is None:
+        betas = _named_betas(scheduler, num_steps)
+    prediction = {theirs: ours for ours, theirs in PREDICTIONS.items()}[scheduler.get("prediction_type", "epsilon")]
+    for name in SCHEDULES:
+        for zero in (False, True):
+            ours = make_schedule(name, num_steps, zero_terminal_snr=zero).betas.numpy()
+            if len(betas) == len(ours) and np.allclose(betas, ours, rtol=1e-5, atol=1e-9):
+                return DiffusionConfig(name, num_steps, zero, prediction)  # type: ignore[arg-type]
+    raise UserError("scheduler_config.json: the betas are those of no schedule that this project has")
+
+
+def _named_betas(scheduler: dict[str, Any], num_steps: int) -> np.ndarray:
+    kind = scheduler.get("beta_schedule", "linear")
+    if kind == "squaredcos_cap_v2":
+        return make_schedule("cosine", num_steps).betas.numpy()
+    if kind == "linear":
+        return np.linspace(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), num_steps)
+    raise UserError(f"scheduler_config.json: beta_schedule {kind} cannot be read")
+
+
+def main() -> None:
+    """The command line, see the module."""
+    parser = argparse.ArgumentParser(prog="python -m diffusion.interchange", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "action", choices=["write", "read"], help=f"write {paths.MODEL} into FOLDER, or read it from there"
+    )
+    parser.add_argument("folder", type=Path, help="of a diffusers pipeline")
+    arguments = parser.parse_args()
+    try:
+        print({"write": _write, "read": _read}[arguments.action](arguments.folder))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _write(folder: Path) -> str:
+    write_pipeline(*load_model(paths.MODEL), folder)
+    return f"{folder}: diffusers.DDPMPipeline.from_pretrained({str(folder)!r})"
+
+
+def _read(folder: Path) -> str:
+    net, diffusion = read_pipeline(folder)
+    config = replace(trained(load(paths.PARAMS)), model=net.config, diffusion=diffusion)
+    about = {"weights": "imported", "step": 0, "data_digest": None, "fingerprint": "imported", "run_id": None}
+    save_model(paths.MODEL, net.state_dict(), config, about)
+    return f"{paths.MODEL}: {diffusion.schedule} schedule, {diffusion.prediction} prediction; then: dvc repro -s sample"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Rules that hold between keys of params.yaml, which no single key's range can say."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusion.config import Params, SampleConfig
+
+FEW_STEPS = 500
+
+
+def broken(params: "Params") -> Iterator[str]:
+    """One line for each rule that `params` break: the keys, and what to do."""
+    yield from _model(params)
+    yield from _sampling(params)
+    yield from _rest(params)
+
+
+def doubtful(sample: "SampleConfig") -> Iterator[str]:
+    """One line for each pair of keys that is allowed and known to work badly."""
+    if sample.sampler == "ddpm" and sample.variance == "fixed_large" and sample.steps < FEW_STEPS:
+        yield (
+            f"sample.variance = fixed_large leaves noise in the images with {sample.steps} steps (published for 100: "
+            "FID 46.5 against 11.2 with fixed_small)"
+        )
+
+
+def _model(params: "Params") -> Iterator[str]:
+    model = params.model
+    if not model.multipliers:
+        yield "model.multipliers is empty: give one whole number a level, for example [1, 2, 2]"
+        return
+    stride = model.patch_size * 2 ** (len(model.multipliers) - 1)
+    if model.image_size % stride:
+        yield (
+            f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
+            f"divides model.image_size = {model.image_size} by {stride}: use fewer levels, or another size"
+        )
+    for width in {model.channels * m for m in model.multipliers}:
+        if model.head_channels and width % model.head_channels:
+            yield (
+                f"model.head_channels = {model.head_channels} does not divide a level's width of {width}: "
+                "change it, or null for one head"
+            )
+
+
+def _sampling(params: "Params") -> Iterator[str]:
+    num_steps = params.diffusion.num_steps
+    for key, steps in (("sample.steps", params.sample.steps), ("train.preview_steps", params.train.preview_steps)):
+        if steps > num_steps:
+            yield f"{key} = {steps} is more than diffusion.num_steps = {num_steps}: lower it"
+    if params.diffusion.zero_terminal_snr and params.diffusion.prediction == "eps":
+        yield "diffusion.zero_terminal_snr leaves nothing to predict x0 from with prediction eps: use v, x0 or edm"
+    classes, sample = params.model.num_classes, params.sample
+    if classes is None and (sample.guidance != 1.0 or sample.labels != "balanced"):
+        yield "sample.guidance and sample.labels need classes: set model.num_classes (CIFAR-10: 10)"
+    if classes is not None and sample.labels != "balanced" and not all(label < classes for label in sample.labels):
+        yield f"sample.labels = {list(sample.labels)}: there are classes 0 to {classes - 1} (model.num_classes)"
+    if sample.labels == ():
+        yield "sample.labels is empty: give balanced, or at least one class"
+
+
+def _rest(params: "Params") -> Iterator[str]:
+    train, data, tune = params.train, params.data, params.tune
+    if train.processes > train.batch_size:
+        yield (
+            f"train.processes = {train.processes} is more than train.batch_size = {train.batch_size}, "
+            "which they share: lower it"
+        )
+    if not data.sources:
+        yield "data.sources is empty: name at least one of local, mirrors, npm, official"
+    if data.path is not None and "local" not in data.sources:
+        yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
+    for key in ("lr_schedules", "schedules"):
+        if not getattr(tune, key):
+            yield f"tune.{key} is empty: name at least one, the one in use for no search"
+    if tune.lr[0] > tune.lr[1]:
+        yield f"tune.lr = {list(tune.lr)}: the lower end comes first"
