@@ -7,10 +7,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint tune ui report bench clean
+.PHONY: help setup run test lint tune ui report bench bench-quality clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 setup:  ## create .venv and install the pinned packages (the other targets do this by themselves)
 	@$(PYTHON) bootstrap.py
@@ -40,6 +40,10 @@ bench: setup  ## measure quality and speed, ours and peers', about 55 minutes (w
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@for name in laptop_quality train_speed sample_speed overheads data_scale time_to_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
+
+bench-quality: setup  ## solvers, objectives and classes compared by their samples, about three hours
+	@dvc repro train
+	@for name in solvers objectives classes; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 clean:  ## remove checkpoints, downloads and the virtual environment; DVC's cache and MLflow's store stay
 	rm -rf .venv runs data/downloads

@@ -11,6 +11,9 @@ import torch
 from conftest import REPO
 from torch import nn
 
+from diffusion import config
+from diffusion.samplers import evaluations
+from diffusion.schedules import make_schedule
 from diffusion.unet import UNet
 
 
@@ -97,3 +100,42 @@ def test_the_bench_lock_has_every_package_of_the_main_one_at_the_same_version() 
         return set(re.findall(r"^[\w.-]+==[^\s;]+", (REPO / name).read_text(), re.M))
 
     assert pins("requirements.lock") < pins("requirements-bench.lock")
+
+
+def test_solvers_are_compared_at_the_same_evaluations(script: Any) -> None:
+    solvers = script("solvers")
+    section = config.load(REPO / "params.yaml").sample
+    edm = make_schedule("edm", 1000)  # begins at sigma = 80: Heun takes its two evaluations from the first step on
+    spent: dict[tuple[str, str], list[int]] = {}
+    for run in solvers.runs(section):
+        spent.setdefault((run.sampler, run.spacing), []).append(evaluations(run, edm))
+    assert list(spent) == list(solvers.SOLVERS)
+    for (sampler, _), counts in spent.items():
+        assert counts == ([5, 9, 15, 19, 49, 99] if sampler == "heun" else [5, 10, 15, 20, 50, 100])
+
+
+def test_objectives_are_summed_up_over_their_seeds(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objectives, machine = script("objectives"), script("machine")
+    for module in (objectives, machine):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    scores = {"v, seed 0": 300.0, "v, seed 1": 320.0, "v, min-SNR weight, seed 0": 400.0}
+    found = {key: {"fd_lite0": {"ddim-20 trailing": value}} for key, value in scores.items()}
+    objectives.write("abc", found)
+    table = json.loads(capsys.readouterr().out)["fd_lite0"]
+    assert table["v"]["ddim-20 trailing"] == {"mean": 310.0, "sd": 14.1, "seeds": 2}
+    assert table["v, min-SNR weight"]["ddim-20 trailing"] == {"mean": 400.0, "sd": None, "seeds": 1}
+    assert objectives.kept("abc") == found
+    assert objectives.kept("another recipe") == {}
+
+
+def test_the_linear_classifier_separates_what_can_be_separated(script: Any) -> None:
+    """Three Gaussians far apart."""
+    classes = script("classes")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.eye(3)[labels] * 5 + torch.randn((300, 3), generator=generator)
+    linear = classes.fitted(features, labels)
+    answers = linear(torch.eye(3) * 5).argmax(dim=1)
+    assert answers.tolist() == [0, 1, 2]

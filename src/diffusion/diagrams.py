@@ -64,7 +64,7 @@ def unet_figure(net: UNet) -> Figure:
     sizes = sorted({layer.size for layer in layers}, reverse=True)
     widest = max(layer.channels for layer in layers)
     figure = Figure(figsize=(max(7.5, 0.52 * len(layers)), 1.1 + 1.15 * len(sizes)), dpi=figures.DPI)
-    axes = figure.add_axes((0.02, 0.12, 0.96, 0.76))
+    axes = figure.add_axes((0.02, 0.1, 0.96, 0.74))
     level = {size: -row for row, size in enumerate(sizes)}
     for i, layer in enumerate(layers):
         height = 0.25 + 0.45 * layer.channels / widest
@@ -78,7 +78,7 @@ def unet_figure(net: UNet) -> Figure:
             start,
             end,
             arrowstyle="-|>",
-            connectionstyle="arc3,rad=-0.12",
+            connectionstyle=f"arc3,rad={-min(0.12, 1.1 / (b - a))}",  # no higher than the space between levels
             shrinkA=0,
             shrinkB=0,
             mutation_scale=7,
@@ -95,8 +95,9 @@ def unet_figure(net: UNet) -> Figure:
     channels, height, width = net.image_shape
     total = sum(p.numel() for p in net.parameters())
     stem = f", {net.patch_size}x{net.patch_size} pixels to channels first" if net.patch_size > 1 else ""
-    title = f"U-Net: {total:,} parameters, images {channels}x{height}x{width}{stem}; numbers are channels"
-    figure.text(0.02, 0.93, title, fontsize=12, fontweight="bold", color=figures.INK)
+    title = f"{total:,} parameters; images {channels}x{height}x{width}{stem}; the numbers are channels"
+    figure.text(0.02, 0.94, "The network", fontsize=12, fontweight="bold", color=figures.INK)
+    figure.text(0.02, 0.89, title, fontsize=9, color=figures.FAINT)
     present = [kind for kind in KINDS if any(layer.kind == kind for layer in layers)]
     handles = [Patch(facecolor=KINDS[kind], label=kind) for kind in present]
     figure.legend(

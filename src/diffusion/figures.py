@@ -73,7 +73,7 @@ def schedules_figure(num_steps: int, used: str | None = None) -> Figure:
         width = 2.4 if name == used else 1.5
         for axes, values in ((left, alpha_bar), (right, log_snr)):
             axes.plot(np.arange(num_steps), values, line, color=colour, linewidth=width, label=label)
-    legend(left, "upper right")
+    legend(right, "lower left")
     return figure
 
 
@@ -164,7 +164,7 @@ def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
 
 
-def legend(axes: Axes, place: Literal["upper right"]) -> None:
+def legend(axes: Axes, place: Literal["upper right", "lower left"]) -> None:
     """The legend that all charts share."""
     axes.legend(loc=place, fontsize=9, labelcolor=INK, frameon=True, framealpha=0.9, edgecolor="none", handlelength=2.4)
 
