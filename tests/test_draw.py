@@ -61,6 +61,13 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     return seen  # type: ignore[return-value]
 
 
+def test_a_pair_that_works_badly_is_warned_of(trained: Path) -> None:
+    assert "warning" not in run("sample").output
+    write_params(**OVERRIDES, **{"sample.variance": "fixed_large"})
+    assert "warning: sample.variance = fixed_large leaves noise in the images with 4 steps" in run("sample").output
+    assert len(samples()) == 14
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("driver lost")], ids=["stopped", "crashed"])
 def test_a_stopped_sampling_goes_on_to_the_same_images(
     trained: Path, batches: dict[str, object], error: BaseException

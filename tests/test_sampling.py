@@ -140,8 +140,11 @@ class Small(Denoiser):
 def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
     config = dataclasses.replace(tiny().sample, batch_size=10, **options)
     small = Small(denoiser.net, denoiser.schedule, "v", clip_x0=True)
-    drawing = sampling.Drawing(small, config, 7, CPU, size=10, images=13)
+    progress: list[float] = []
+    drawing = sampling.Drawing(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
     drawn = list(drawing.batches([range(10), range(10, 13)]))
+    assert sum(progress) == pytest.approx(13)
+    assert len(progress) > 5 * config.steps  # five batches that fit, told of step by step
     assert [i for indices, _ in drawn for i in indices] == list(range(13))
     assert drawing.size == small.largest == 3
     alone = torch.cat(list(sampling.generate(denoiser, dataclasses.replace(config, batch_size=3), 7, range(13), CPU)))

@@ -142,8 +142,18 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
     sizes = world.gather(world.together(lambda: sampling.batch_size(denoiser, config, share, device)))
     size, todo = world.broadcast((min(sizes), _missing(config, parts, min(sizes))) if sizes else None)
     mine = [todo[i] for i in world.share(len(todo))]
+    images_of_all = sum(map(len, mine))
+    drawn_so_far = 0.0
+
+    def advanced(amount: float) -> None:
+        nonlocal drawn_so_far
+        drawn_so_far += amount
+        bar.update(round(drawn_so_far) - bar.n)
+
     drawing = world.together(
-        lambda: sampling.Drawing(denoiser, config, params.seed, device, size=size, images=sum(map(len, mine)))
+        lambda: sampling.Drawing(
+            denoiser, config, params.seed, device, size=size, images=images_of_all, advanced=advanced
+        )
     )
 
     def keep(indices: range, drawn: Callable[[], Tensor]) -> None:
@@ -151,7 +161,6 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
         parts.save(indices, array)
         if config.save_png:
             images.save_all(array, PNG, first=indices.start)
-        bar.update(len(indices))
 
     def work() -> None:
         with Background(keep) as background:
@@ -160,7 +169,7 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
 
     pace = 0.5 if sys.stderr.isatty() else 30
     name = "sample" if world.size == 1 else f"sample (1 of {world.size} processes)"
-    with tqdm(total=sum(map(len, mine)), unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
+    with tqdm(total=images_of_all, unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
         world.together(work)
 
 

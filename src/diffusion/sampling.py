@@ -122,8 +122,9 @@ class Drawing:
         *,
         size: int,  # images of a batch
         images: int,  # that will be drawn: whether compiling pays
+        advanced: Callable[[float], object] = float,  # told after each step how much it was, in whole images
     ) -> None:
-        self.config, self.seed, self.device, self.size = config, seed, device, size
+        self.config, self.seed, self.device, self.size, self.advanced = config, seed, device, size, advanced
         wanted = device.type == "cuda" and images * evaluations(config, denoiser.schedule) >= COMPILE_FROM
         if config.compile == "on" or (config.compile == "auto" and wanted):
             compiled = _compiled(denoiser, config, size, device, must=config.compile == "on")
@@ -155,11 +156,16 @@ class Drawing:
     def _draw(self, part: range) -> Tensor | None:
         """uint8 (B, H, W, C) on the device; None if its memory was too small."""
         padding = [part[-1]] * (self.size - len(part)) if self.fixed_shape else []
+        step, told = len(part) / self.config.steps, 0.0
         try:
-            for x in trajectory(self.denoiser, self.config, self.seed, [*part, *padding], self.device):
-                x0 = x
+            chain = trajectory(self.denoiser, self.config, self.seed, [*part, *padding], self.device)
+            x0 = next(chain)  # the noise
+            for x in chain:
+                self.advanced(step)
+                x0, told = x, told + step
             return to_uint8(x0[: len(part)])
         except torch.OutOfMemoryError:
+            self.advanced(-told)
             return None
 
 
