@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint tune ui report bench bench-quality clean
+.PHONY: help setup run test lint tune ui sync report bench bench-quality clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ tune: setup  ## search learning rate and schedules with Optuna
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
 	@$(BIN)/python -m diffusion.ui --port $(PORT)
+
+sync: setup  ## send MLflow what it missed while it was away
+	@$(BIN)/python -m diffusion.sync
 
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report

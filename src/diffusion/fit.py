@@ -146,16 +146,12 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
 
 def _open_run(params: Params, folder: Path, data_digest: str) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
-    memory = folder / "mlflow_run_id"
     tracker = tracking.open_run(
         params.tracking,
         name=run_name(params),
         run_folder=folder,
-        run_id=memory.read_text().strip() if memory.exists() else None,
         tags={"data.digest": data_digest, "fingerprint": folder.name, **git_tags()},
     )
-    if tracker.run_id:
-        memory.write_text(tracker.run_id + "\n")
     tracker.params(flat(trained(params)))
     return tracker
 

@@ -105,6 +105,11 @@ class Journal(NullTracker):
         except OSError as error:
             warn(f"{path} cannot be written ({error.strerror}): this sitting has no journal")
 
+    @property
+    def seq(self) -> int:
+        """Number of the newest line."""
+        return self._seq
+
     def record(self, event: Event) -> None:
         with self._lock:
             if self._fd < 0:
@@ -123,6 +128,41 @@ class Journal(NullTracker):
             with suppress(OSError):  # not every file system can; the lines are with the operating system already
                 os.fsync(fd)
             os.close(fd)
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """What one process wrote into a journal, from its open event on."""
+
+    opened: Event
+    events: list[Event]
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run that it wrote to; None if it had none."""
+        found: str | None = self.opened.data["run_id"]
+        return found
+
+
+def unsent(path: Path) -> list[Sitting]:
+    """The sittings of a journal that MLflow may lack, in order: all after the newest `mark_sent`."""
+    mark = path.with_suffix(".sent")
+    sent = int(mark.read_text()) if mark.exists() else 0
+    found: list[Sitting] = []
+    for event in read_journal(path):
+        if event.kind == "open":
+            found.append(Sitting(event, []))
+        elif found:
+            found[-1].events.append(event)
+    return [s for s in found if max(e.seq for e in [s.opened, *s.events]) > sent]
+
+
+def mark_sent(path: Path, seq: int) -> None:
+    """Note that MLflow has all events of a journal up to number `seq`."""
+    new = path.with_suffix(".sent.new")
+    with suppress(OSError):  # then they are sent again, which changes nothing
+        new.write_text(f"{seq}\n")
+        new.replace(path.with_suffix(".sent"))
 
 
 def read_journal(path: Path) -> list[Event]:

@@ -18,6 +18,7 @@ class Lane:
         self._send, self._report = send, report
         self.waiting: deque[Event] = deque()
         self.dropped = self.failures = 0  # failures: in a row
+        self.refused = 0  # of the dropped: the service would refuse them again
         self.retry_at = self.moved = 0.0  # monotonic seconds
         self._alone = 0  # so many events are sent one by one
 
@@ -43,6 +44,7 @@ class Lane:
                     self._alone = len(batch)
                     continue
                 self.dropped += 1
+                self.refused += 1
                 self._report(batch[0], error)
             self._done(batch)
 

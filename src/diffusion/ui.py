@@ -6,7 +6,7 @@ import sys
 import click
 
 from diffusion import paths
-from diffusion.tracking import prepare_store
+from diffusion.mlflow_store import prepare_store
 
 
 @click.command()
