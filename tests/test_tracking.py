@@ -294,12 +294,12 @@ class TestStore:
         script = """
 import sys
 from pathlib import Path
-from diffusion import mlflow_store, outbox, paths, provenance, tracking
+from diffusion import paths, tracking
 from diffusion.config import TrackingConfig
 assert "mlflow" not in sys.modules and "torch" not in sys.modules
 paths.MLFLOW_DB, journal, run_id = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 config = TrackingConfig(enabled=True, experiment="test experiment")
-with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", journal=journal)) as tracker:
+with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", journal=journal), "evaluate") as tracker:
     tracker.metrics({"fd_lite0": 400.25}, 10)
 """
         arguments = [str(database), str(tmp_path / "run/journal.jsonl"), str(tracker.run_id)]
@@ -315,7 +315,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         ]
         assert points == journal_points(tmp_path / "run/journal.jsonl")
         seqs = [event.seq for event in read_journal(tmp_path / "run/journal.jsonl")]
-        assert seqs == list(range(1, 7))
+        assert seqs == list(range(1, 8))
         assert client_of(database).get_run(tracker.run_id).info.status == "FINISHED"
 
     def test_resumed_training_goes_on_with_its_run(self, database: Path, tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ from diffusion import mlflow_store, outbox, paths, provenance, tracking
 from diffusion.config import TrackingConfig
 paths.MLFLOW_DB, paths.MLFLOW_ARTIFACTS, folder = map(Path, sys.argv[1:])
 config = TrackingConfig(enabled=True, experiment="test experiment")
-with tracking.closing_status(tracking.open_run(config, name="n", run_folder=folder)) as tracker:
+with tracking.closing_status(tracking.open_run(config, name="n", run_folder=folder), "train") as tracker:
     tracker.metrics({"loss": 1.0}, 1)
 """
         processes = [
@@ -429,7 +429,7 @@ class TestEnds:
         assert client.get_run(tracker.run_id).info.status == "RUNNING"
 
         def work() -> None:
-            with tracking.closing_status(tracker):
+            with tracking.closing_status(tracker, "train"):
                 tracker.metrics({"loss": 1.0}, 1)
                 if error is not None:
                     raise error

@@ -62,7 +62,7 @@ def draw(params: Params) -> None:
                 print(f"warning: {line}", file=sys.stderr)
             journal = run / "journal.jsonl"
             tracker = tracking.attach(params.tracking, card["run_id"], stage="sample", journal=journal)
-        with tracking.closing_status(tracker):
+        with tracking.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
             start = time.perf_counter()
             try:

@@ -23,7 +23,7 @@ from diffusion.errors import UserError
 from diffusion.export import save_model
 from diffusion.journal import NullTracker, Tracker
 from diffusion.previews import write_previews
-from diffusion.provenance import git_tags
+from diffusion.provenance import origin
 from diffusion.runtime import keep_freed_memory
 from diffusion.training import Record, Trainer, fingerprint, train
 
@@ -48,11 +48,12 @@ def fit(params: Params) -> None:
         trainer = Trainer(config, data, folder, device, world)
         if trainer.progress.step and world.is_main:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
-        tracker = _open_run(params, folder, data.digest) if world.is_main else NullTracker()
-        with tracking.closing_status(tracker):
+        made_by = origin(params, device)
+        tracker = _open_run(params, folder, data.digest, made_by) if world.is_main else NullTracker()
+        with tracking.closing_status(tracker, "train"):
             _loop(trainer, tracker, stop)
             if world.is_main:
-                _write_outputs(trainer, tracker, data.digest)
+                _write_outputs(trainer, tracker, data.digest, made_by)
 
 
 @contextlib.contextmanager
@@ -144,13 +145,13 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
         bar.set_postfix_str(f"loss {smoothed:.4f}, validation {val}", refresh=False)
 
 
-def _open_run(params: Params, folder: Path, data_digest: str) -> Tracker:
+def _open_run(params: Params, folder: Path, data_digest: str, made_by: dict[str, str]) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
     tracker = tracking.open_run(
         params.tracking,
         name=run_name(params),
         run_folder=folder,
-        tags={"data.digest": data_digest, "fingerprint": folder.name, **git_tags()},
+        tags={"data.digest": data_digest, "fingerprint": folder.name, **made_by},
     )
     tracker.params(flat(trained(params)))
     return tracker
@@ -167,7 +168,7 @@ def _images_per_second(trainer: Trainer) -> float:
     return progress.step * trainer.config.train.batch_size / max(progress.seconds, 1e-9)
 
 
-def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None:
+def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by: dict[str, str]) -> None:
     progress, config = trainer.progress, trainer.config.train
     metrics = {
         "images_seen": progress.step * config.batch_size,
@@ -191,6 +192,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
         "data_digest": data_digest,
         "fingerprint": trainer.folder.name,
         "run_id": tracker.run_id,
+        "origin": made_by,
     }
     save_model(paths.MODEL, trainer.best, trainer.config, about)
     paths.TRAIN_METRICS.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def judge(params: Params) -> None:
         if world.is_main:
             journal = paths.RUNS / about["fingerprint"] / "journal.jsonl"
             tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal)
-        with tracking.closing_status(tracker):
+        with tracking.closing_status(tracker, "evaluate"):
             tracker.params(flat(params.evaluate, "evaluate"))
             result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
             if world.is_main:

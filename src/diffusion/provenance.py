@@ -1,10 +1,19 @@
-"""Where a result comes from: the source files that decide it, and the commit."""
+"""Where a result comes from: the source files that decide it, the commit, the params, the machine."""
 
+import json
+import platform
 import subprocess
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from modulefinder import ModuleFinder
 from pathlib import Path
+
+import torch
+
+from diffusion.config import Params, to_dict
+
+PACKAGES = ("torch", "numpy", "mlflow", "dvc")
 
 LIBRARY = Path(__file__).parent
 
@@ -24,6 +33,24 @@ def code_digest(script: Path) -> str:
     for path in sorted(import_closure(script)):
         sha.update(path.name.encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()
+
+
+def origin(params: Params, device: torch.device) -> dict[str, str]:
+    """Texts that say what made a model: commit, params, the pipeline's state before the stage, device, versions."""
+    lock = Path("dvc.lock")
+    found = {**git_tags(), "params.digest": sha256(json.dumps(to_dict(params), sort_keys=True).encode()).hexdigest()}
+    if lock.exists():
+        found["dvc.lock"] = sha256(lock.read_bytes()).hexdigest()
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = [f"python {platform.python_version()}", *(f"{name} {_version(name)}" for name in PACKAGES)]
+    return found | {"device": f"{device.type}: {gpu}", "versions": ", ".join(versions)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def git_tags() -> dict[str, str]:

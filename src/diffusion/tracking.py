@@ -155,14 +155,21 @@ def attach(config: TrackingConfig, run_id: str | None, *, stage: str, journal: P
 
 
 @contextmanager
-def closing_status(tracker: Tracker) -> Iterator[Tracker]:
-    """Close with the truth: FINISHED, KILLED (Ctrl-C or a signal's exit), or FAILED with the message as tag `error`."""
+def closing_status(tracker: Tracker, stage: str) -> Iterator[Tracker]:
+    """Close with the truth: FINISHED, KILLED (Ctrl-C or a signal's exit), or FAILED with the message as tag `error`.
+
+    How long the stage took becomes the tag seconds.<stage>.
+    """
+    start = time.perf_counter()
+    ending: tuple[Status, str] = ("FINISHED", "")
     try:
         yield tracker
     except BaseException as error:
-        tracker.close(*_ending(error))
+        ending = _ending(error)
         raise
-    tracker.close("FINISHED")
+    finally:
+        tracker.tags({f"seconds.{stage}": f"{time.perf_counter() - start:.1f}"})
+        tracker.close(*ending)
 
 
 def _open(

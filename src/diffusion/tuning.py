@@ -62,7 +62,7 @@ def tune(params: Params) -> None:
         study.set_user_attr("mlflow_run_id", tracker.run_id or run_id)
         tracker.params(flat(params.tune, "tune"))
         search = Search(params, data, reference, extractor, tracker, stop)
-        with tracking.closing_status(tracker):
+        with tracking.closing_status(tracker, "tune"):
             try:
                 write_tables(study)  # another study's may lie there
                 while len(trials(study, *COUNTED)) < params.tune.trials:

@@ -1,0 +1,97 @@
+"""`python -m diffusion.lineage MODEL | RUN_ID`: which code, data, parameters and run made a model, and what came of it.
+
+A model file is explained by the cards beside it, without a server; a run id by MLflow's store and the local folders.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffusion import paths
+from diffusion.config import flat, trained_from_dict
+from diffusion.errors import UserError
+from diffusion.export import read_card
+
+Row = tuple[str, object]
+
+
+@click.command()
+@click.argument("what", default=str(paths.MODEL), metavar="[MODEL | RUN_ID]")
+def main(what: str) -> None:
+    """Print what made MODEL (a safetensors file with its card), or the files of an MLflow run."""
+    try:
+        rows = of_model(Path(what)) if what.endswith(".safetensors") else of_run(what)
+    except UserError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def of_model(path: Path) -> list[Row]:
+    """What the model's card says, and the samples and scores in the working folder that were made from it.
+
+    Raises:
+        UserError: there is no such card.
+    """
+    card = read_card(path)
+    rows: list[Row] = [("model", path)]
+    rows += [(key, card[key]) for key in ("weights", "step", "val_loss", "data_digest", "fingerprint", "run_id")]
+    rows += sorted(card.get("origin", {}).items())
+    rows += sorted(flat(trained_from_dict(card["config"])).items())
+    samples = _json(paths.SAMPLES_CARD)
+    if samples.get("fingerprint") == card["fingerprint"] and samples.get("run_id") == card["run_id"]:
+        keys = ("sampler", "steps", "spacing", "network_evaluations")
+        rows.append(("samples", f"{paths.SAMPLES}: {', '.join(f'{key} {samples.get(key)}' for key in keys)}"))
+        scores = {key: value for key, value in _json(paths.EVALUATE_METRICS).items() if key != "about"}
+        rows += [(f"evaluate/{key}", value) for key, value in scores.items()]
+    return rows
+
+
+def of_run(run_id: str) -> list[Row]:
+    """The files of a run: in MLflow's store, and in this checkout.
+
+    Raises:
+        UserError: the store does not answer, or has no such run.
+    """
+    from diffusion.mlflow_store import connect
+
+    try:
+        client = connect()
+        run = client.get_run(run_id)
+        kept = _files(client, run_id, "")
+    except Exception as error:  # not installed, no network, unknown
+        reason = " ".join(f"{error}".split())[:160]
+        raise UserError(f"no run {run_id} ({reason}): give a run id, or a .safetensors file") from None
+    rows: list[Row] = [("run", run.info.run_name), ("status", run.info.status), ("store", run.info.artifact_uri)]
+    rows += [("artifact", path) for path in kept]
+    rows += [("journal", memory.parent) for memory in _remembered(run_id)]
+    here = {paths.MODEL: _json(paths.MODEL_CARD), paths.SAMPLES: _json(paths.SAMPLES_CARD)}
+    return rows + [("here", path) for path, card in here.items() if card.get("run_id") == run_id]
+
+
+def _files(client: Any, run_id: str, folder: str) -> list[str]:
+    found: list[str] = []
+    for item in client.list_artifacts(run_id, folder or None):
+        found += _files(client, run_id, item.path) if item.is_dir else [item.path]
+    return found
+
+
+def _remembered(run_id: str) -> list[Path]:
+    return [path for path in sorted(paths.RUNS.glob("*/mlflow_run_id")) if path.read_text().strip() == run_id]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+if __name__ == "__main__":
+    main()
