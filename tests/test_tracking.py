@@ -379,7 +379,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         script = """
 import sys
 from pathlib import Path
-from diffusion import mlflow_store, outbox, paths, provenance, tracking
+from diffusion import paths, tracking
 from diffusion.config import TrackingConfig
 paths.MLFLOW_DB, paths.MLFLOW_ARTIFACTS, folder = map(Path, sys.argv[1:])
 config = TrackingConfig(enabled=True, experiment="test experiment")
