@@ -1,6 +1,7 @@
 """Shrunk settings and tiny data that the tests share."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
-from diffusion import config, paths
+from diffusion import config, paths, tracking
 from diffusion.data import Dataset
 
 REPO = Path(__file__).parent.parent
@@ -85,3 +87,31 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
         np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(count, dtype=np.uint8) % 10)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creating the tables takes seconds, copying them does not: once a session, for all of its worker processes."""
+    workers = "PYTEST_XDIST_WORKER" in os.environ
+    path = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("mlflow")) / "empty.db"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in list(os.environ):
+        if name.startswith("MLFLOW_") and name not in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_LOGGING_LEVEL"):
+            monkeypatch.delenv(name)
+    path = tmp_path / "mlflow.db"
+    shutil.copyfile(empty_database, path)
+    monkeypatch.setattr(paths, "MLFLOW_DB", path)
+    monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
+    monkeypatch.setattr(tracking, "GATHER_SECONDS", 0.02)
+    return path

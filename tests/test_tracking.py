@@ -12,133 +12,30 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from stores import (
+    CONFIG,
+    SECONDS,
+    client_of,
+    close_in_time,
+    journal_points,
+    open_run,
+    server,
+    stored_points,
+    wait_for,
+    warnings,
+)
 
-from diffusion import mlflow_store, outbox, paths, provenance, tracking
+from diffusion import outbox, provenance, tracking
 from diffusion.config import TrackingConfig
-from diffusion.journal import Journal, NullTracker, Status, Tracker, read_journal
+from diffusion.journal import Journal, NullTracker, Tracker, read_journal
 
 pytest.importorskip("mlflow")
-
-CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
-SECONDS = 120.0  # a join that takes longer has hung
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creating the tables takes seconds, copying them does not: once a session, for all of its worker processes."""
-    workers = "PYTEST_XDIST_WORKER" in os.environ
-    path = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("mlflow")) / "empty.db"
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    from mlflow import MlflowClient
-
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in list(os.environ):
-        if name.startswith("MLFLOW_") and name not in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_LOGGING_LEVEL"):
-            monkeypatch.delenv(name)
-    path = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_database, path)
-    monkeypatch.setattr(paths, "MLFLOW_DB", path)
-    monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
-    monkeypatch.setattr(tracking, "GATHER_SECONDS", 0.02)
-    return path
-
-
-def client_of(database: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{database}")
-
-
-def stored_points(database: Path, run_id: str) -> list[tuple[str, int, int, float]]:
-    """(key, step, time, value) of every point, read without MLflow."""
-    with closing(sqlite3.connect(database)) as connection:
-        rows = connection.execute(
-            "SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid = ?", [run_id]
-        )
-        return sorted((k, s, t, math.nan if is_nan else v) for k, s, t, v, is_nan in rows)
-
-
-def journal_points(journal: Path) -> list[tuple[str, int, int, float]]:
-    """The same, from the lines as they lie on the disk."""
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    return sorted(
-        (key, line["data"]["step"], line["time"], value)
-        for line in lines
-        if line["kind"] == "metrics"
-        for key, value in line["data"]["values"].items()
-    )
-
-
-def open_run(folder: Path, **kwargs: Any) -> Tracker:
-    return tracking.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
-
-
-def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def close_in_time(tracker: Tracker, status: Status = "FINISHED") -> None:
-    thread = threading.Thread(target=tracker.close, args=(status,), daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    assert not thread.is_alive(), "close() hangs"
-
-
-@contextmanager
-def server(database: Path, artifacts: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A real `mlflow server` in a process group of its own: its address, and a function that kills it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"backend-store-uri": f"sqlite:///{database}", "artifacts-destination": artifacts.as_uri()}
-    options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
-    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
-    log = (artifacts.parent / "server.log").open("wb")
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-    def kill() -> None:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def healthy() -> bool:
-        assert process.poll() is None, Path(log.name).read_text()
-        try:
-            return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read() == b"OK")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-
-    try:
-        wait_for(healthy)
-        yield f"http://127.0.0.1:{port}", kill
-    finally:
-        kill()
-        log.close()
 
 
 class TestJournal:
@@ -619,130 +516,6 @@ class TestOutage:
         assert len(said) == 2, said  # the outage, and what is left at the end
         assert "does not answer" in said[0]
         assert re.search("20[12] events", said[1])  # 200 points, the end, and the file if its answer was lost
-
-
-class TestReplay:
-    """What the store missed reaches it later, exactly once."""
-
-    def test_the_next_stage_sends_what_an_absent_server_missed(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        tracker = open_run(tmp_path / "run")
-        tracker.params({"train.lr": 0.1})
-        for step in range(50):
-            tracker.metrics({"loss": math.cos(step)}, step)
-        close_in_time(tracker)
-        assert tracker.run_id is None
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        journal = tmp_path / "run/journal.jsonl"
-        later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
-        later.metrics({"sample/seconds": 3.0}, 50)
-        close_in_time(later)
-        assert stored_points(database, later.run_id or "") == journal_points(journal)
-        run = client_of(database).get_run(later.run_id)
-        assert run.data.params["train.lr"] == "0.1"
-        assert run.info.status == "FINISHED"
-        again = tracking.attach(CONFIG, None, stage="evaluate", journal=journal)
-        close_in_time(again)
-        assert again.run_id == later.run_id  # remembered beside the journal
-
-    @pytest.mark.parametrize("moment", [0, 40, 99])
-    def test_sync_sends_what_a_killed_server_missed(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
-    ) -> None:
-        (tmp_path / "f").write_text("a file")
-        journal = tmp_path / "run/journal.jsonl"
-        with server(database, tmp_path / "served") as (uri, kill):
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-            tracker = open_run(tmp_path / "run")
-            run_id = tracker.run_id
-            assert run_id
-            for step in range(100):
-                if step == moment:
-                    wait_for(lambda: len(stored_points(database, run_id)) == moment)
-                    kill()
-                tracker.metrics({"loss": math.cos(step)}, step)
-            tracker.artifact(tmp_path / "f", "notes")
-            close_in_time(tracker, "FAILED")
-        assert len(stored_points(database, run_id)) == moment
-        with server(database, tmp_path / "served") as (uri, _):
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-            client = mlflow_store.connect()
-            assert tracking.sync(journal, client).startswith("sent 10")
-            assert stored_points(database, run_id) == journal_points(journal)
-            assert client_of(database).get_run(run_id).info.status == "FAILED"
-            assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
-            assert tracking.sync(journal, client) == "up to date"
-        assert stored_points(database, run_id) == journal_points(journal)
-
-    def test_sync_makes_one_run_of_sittings_without_any(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        journal = tmp_path / "run/journal.jsonl"
-        for value in (1.0, 2.0):
-            tracker = open_run(tmp_path / "run")
-            tracker.metrics({"loss": value}, int(value))
-            close_in_time(tracker)
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        tracking.sync(journal, mlflow_store.connect())
-        run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
-        assert stored_points(database, run_id) == journal_points(journal)
-        client = client_of(database)
-        experiment = client.get_experiment_by_name(CONFIG.experiment)
-        assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [run_id]
-        assert client.get_run(run_id).info.run_name == "lr1-test"
-
-    def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
-        tracker = open_run(tmp_path / "run")
-        assert tracking.sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()).startswith("in use")
-        close_in_time(tracker)
-
-
-class TestDeadRuns:
-    SCRIPT = """
-import sys, time
-from pathlib import Path
-from diffusion import tracking
-from diffusion.config import TrackingConfig
-tracker = tracking.open_run(TrackingConfig(True, "test experiment"), name="dies", run_folder=Path(sys.argv[1]))
-tracker.metrics({"loss": 1.0}, 1)
-print(tracker.run_id, flush=True)
-time.sleep(600)
-"""
-
-    def start(self, folder: Path, database: Path) -> tuple[subprocess.Popen[str], str]:
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
-        command = [sys.executable, "-c", self.SCRIPT, str(folder)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout
-        return process, process.stdout.readline().strip()
-
-    def test_the_run_of_a_killed_process_is_closed_by_the_next_one(self, database: Path, tmp_path: Path) -> None:
-        dead, dead_id = self.start(tmp_path / "dead", database)
-        alive, alive_id = self.start(tmp_path / "alive", database)
-        dead.kill()
-        dead.wait()
-        client = client_of(database)
-        assert client.get_run(dead_id).info.status == "RUNNING"
-        tracker = open_run(tmp_path / "other")
-        assert client.get_run(dead_id).info.status == "KILLED"
-        assert client.get_run(alive_id).info.status == "RUNNING"
-        close_in_time(tracker)
-        alive.kill()
-        alive.wait()
-
-    def test_a_resumed_training_goes_on_with_the_run_of_the_killed_one(self, database: Path, tmp_path: Path) -> None:
-        dead, run_id = self.start(tmp_path / "run", database)
-        dead.kill()
-        dead.wait()
-        tracker = open_run(tmp_path / "run")
-        assert tracker.run_id == run_id
-        assert client_of(database).get_run(run_id).info.status == "RUNNING"
-        close_in_time(tracker)
-        assert stored_points(database, run_id) == journal_points(tmp_path / "run/journal.jsonl")
-        assert client_of(database).get_run(run_id).info.status == "FINISHED"
 
 
 class TestGit:

@@ -1,0 +1,108 @@
+"""MLflow stores for tests: what lies in them read without MLflow, and a real `mlflow server` that can be killed."""
+
+import json
+import math
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion import tracking
+from diffusion.config import TrackingConfig
+from diffusion.journal import Status, Tracker
+
+CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
+SECONDS = 120.0  # a join that takes longer has hung
+
+
+def client_of(database: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{database}")
+
+
+def stored_points(database: Path, run_id: str) -> list[tuple[str, int, int, float]]:
+    """(key, step, time, value) of every point, read without MLflow."""
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute(
+            "SELECT key, step, timestamp, value, is_nan FROM metrics WHERE run_uuid = ?", [run_id]
+        )
+        return sorted((k, s, t, math.nan if is_nan else v) for k, s, t, v, is_nan in rows)
+
+
+def journal_points(journal: Path) -> list[tuple[str, int, int, float]]:
+    """The same, from the lines as they lie on the disk."""
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    return sorted(
+        (key, line["data"]["step"], line["time"], value)
+        for line in lines
+        if line["kind"] == "metrics"
+        for key, value in line["data"]["values"].items()
+    )
+
+
+def open_run(folder: Path, **kwargs: Any) -> Tracker:
+    return tracking.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
+
+
+def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def close_in_time(tracker: Tracker, status: Status = "FINISHED") -> None:
+    thread = threading.Thread(target=tracker.close, args=(status,), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    assert not thread.is_alive(), "close() hangs"
+
+
+@contextmanager
+def server(database: Path, artifacts: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A real `mlflow server` in a process group of its own: its address, and a function that kills it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"backend-store-uri": f"sqlite:///{database}", "artifacts-destination": artifacts.as_uri()}
+    options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
+    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
+    log = (artifacts.parent / "server.log").open("wb")
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def kill() -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def healthy() -> bool:
+        assert process.poll() is None, Path(log.name).read_text()
+        try:
+            return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read() == b"OK")
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    try:
+        wait_for(healthy)
+        yield f"http://127.0.0.1:{port}", kill
+    finally:
+        kill()
+        log.close()

@@ -1,0 +1,147 @@
+"""What MLflow missed reaches it later, once each, and runs of dead processes are closed; against real stores."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stores import (
+    CONFIG,
+    client_of,
+    close_in_time,
+    journal_points,
+    open_run,
+    server,
+    stored_points,
+    wait_for,
+)
+
+from diffusion import mlflow_store, tracking
+
+pytest.importorskip("mlflow")
+
+
+class TestReplay:
+    """What the store missed reaches it later, exactly once."""
+
+    def test_the_next_stage_sends_what_an_absent_server_missed(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        tracker = open_run(tmp_path / "run")
+        tracker.params({"train.lr": 0.1})
+        for step in range(50):
+            tracker.metrics({"loss": math.cos(step)}, step)
+        close_in_time(tracker)
+        assert tracker.run_id is None
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        journal = tmp_path / "run/journal.jsonl"
+        later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
+        later.metrics({"sample/seconds": 3.0}, 50)
+        close_in_time(later)
+        assert stored_points(database, later.run_id or "") == journal_points(journal)
+        run = client_of(database).get_run(later.run_id)
+        assert run.data.params["train.lr"] == "0.1"
+        assert run.info.status == "FINISHED"
+        again = tracking.attach(CONFIG, None, stage="evaluate", journal=journal)
+        close_in_time(again)
+        assert again.run_id == later.run_id  # remembered beside the journal
+
+    @pytest.mark.parametrize("moment", [0, 40, 99])
+    def test_sync_sends_what_a_killed_server_missed(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+    ) -> None:
+        (tmp_path / "f").write_text("a file")
+        journal = tmp_path / "run/journal.jsonl"
+        with server(database, tmp_path / "served") as (uri, kill):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            tracker = open_run(tmp_path / "run")
+            run_id = tracker.run_id
+            assert run_id
+            for step in range(100):
+                if step == moment:
+                    wait_for(lambda: len(stored_points(database, run_id)) == moment)
+                    kill()
+                tracker.metrics({"loss": math.cos(step)}, step)
+            tracker.artifact(tmp_path / "f", "notes")
+            close_in_time(tracker, "FAILED")
+        assert len(stored_points(database, run_id)) == moment
+        with server(database, tmp_path / "served") as (uri, _):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            client = mlflow_store.connect()
+            assert tracking.sync(journal, client).startswith("sent 10")
+            assert stored_points(database, run_id) == journal_points(journal)
+            assert client_of(database).get_run(run_id).info.status == "FAILED"
+            assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
+            assert tracking.sync(journal, client) == "up to date"
+        assert stored_points(database, run_id) == journal_points(journal)
+
+    def test_sync_makes_one_run_of_sittings_without_any(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        journal = tmp_path / "run/journal.jsonl"
+        for value in (1.0, 2.0):
+            tracker = open_run(tmp_path / "run")
+            tracker.metrics({"loss": value}, int(value))
+            close_in_time(tracker)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        tracking.sync(journal, mlflow_store.connect())
+        run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+        assert stored_points(database, run_id) == journal_points(journal)
+        client = client_of(database)
+        experiment = client.get_experiment_by_name(CONFIG.experiment)
+        assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [run_id]
+        assert client.get_run(run_id).info.run_name == "lr1-test"
+
+    def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
+        tracker = open_run(tmp_path / "run")
+        assert tracking.sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()).startswith("in use")
+        close_in_time(tracker)
+
+
+class TestDeadRuns:
+    SCRIPT = """
+import sys, time
+from pathlib import Path
+from diffusion import tracking
+from diffusion.config import TrackingConfig
+tracker = tracking.open_run(TrackingConfig(True, "test experiment"), name="dies", run_folder=Path(sys.argv[1]))
+tracker.metrics({"loss": 1.0}, 1)
+print(tracker.run_id, flush=True)
+time.sleep(600)
+"""
+
+    def start(self, folder: Path, database: Path) -> tuple[subprocess.Popen[str], str]:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
+        command = [sys.executable, "-c", self.SCRIPT, str(folder)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        return process, process.stdout.readline().strip()
+
+    def test_the_run_of_a_killed_process_is_closed_by_the_next_one(self, database: Path, tmp_path: Path) -> None:
+        dead, dead_id = self.start(tmp_path / "dead", database)
+        alive, alive_id = self.start(tmp_path / "alive", database)
+        dead.kill()
+        dead.wait()
+        client = client_of(database)
+        assert client.get_run(dead_id).info.status == "RUNNING"
+        tracker = open_run(tmp_path / "other")
+        assert client.get_run(dead_id).info.status == "KILLED"
+        assert client.get_run(alive_id).info.status == "RUNNING"
+        close_in_time(tracker)
+        alive.kill()
+        alive.wait()
+
+    def test_a_resumed_training_goes_on_with_the_run_of_the_killed_one(self, database: Path, tmp_path: Path) -> None:
+        dead, run_id = self.start(tmp_path / "run", database)
+        dead.kill()
+        dead.wait()
+        tracker = open_run(tmp_path / "run")
+        assert tracker.run_id == run_id
+        assert client_of(database).get_run(run_id).info.status == "RUNNING"
+        close_in_time(tracker)
+        assert stored_points(database, run_id) == journal_points(tmp_path / "run/journal.jsonl")
+        assert client_of(database).get_run(run_id).info.status == "FINISHED"
