@@ -19,7 +19,7 @@ import torch
 from machine import RESULTS, report
 from solvers import Scorer, configured
 
-from diffusion.config import load, to_dict, trained
+from diffusion.config import flat, load, trained
 from diffusion.data import Dataset
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import keep_freed_memory
@@ -27,17 +27,18 @@ from diffusion.training import Trainer, train
 
 CPU = torch.device("cpu")
 SAMPLES = 2000
+COMMON = {"diffusion.schedule": "cosine", "train.timesteps": "stratified", "train.loss_weight": "simple"}
 OBJECTIVES: dict[str, dict[str, str]] = {
-    "v": {"diffusion.prediction": "v"},
-    "eps": {"diffusion.prediction": "eps"},
-    "x0, own weight": {"diffusion.prediction": "x0", "train.loss_weight": "own"},
+    "v": {**COMMON, "diffusion.prediction": "v"},
+    "eps": {**COMMON, "diffusion.prediction": "eps"},
+    "x0, own weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "own"},
     "edm": {
         "diffusion.prediction": "edm",
         "diffusion.schedule": "edm",
         "train.timesteps": "lognormal",
         "train.loss_weight": "own",
     },
-    "v, min-SNR weight": {"diffusion.prediction": "v", "train.loss_weight": "min_snr"},
+    "v, min-SNR weight": {**COMMON, "diffusion.prediction": "v", "train.loss_weight": "min_snr"},
 }
 SAMPLERS = (("ddim", "trailing", 20), ("dpmpp_2m", "karras", 20))
 
@@ -47,17 +48,23 @@ SAMPLERS = (("ddim", "trailing", 20), ("dpmpp_2m", "karras", 20))
 @click.option("--at-once", default=2, show_default=True, help="Trainings side by side, one thread each.")
 def main(seeds: int, at_once: int) -> None:
     """Train what is missing, score, print one JSON line, write results/objectives.json."""
-    recipe = to_dict(load("params.yaml"))
-    identity = hashlib.sha256(json.dumps({k: recipe[k] for k in ("diffusion", "model", "train")}).encode()).hexdigest()
-    found = kept(identity[:16])
+    name_of_recipe = identity()
+    found = kept(name_of_recipe)
     todo = [(name, seed) for seed in range(seeds) for name in OBJECTIVES if f"{name}, seed {seed}" not in found]
     context = multiprocessing.get_context("spawn")
     with context.Pool(at_once, maxtasksperchild=1) as pool:
         for name, seed, result in pool.imap_unordered(_task, todo):
             found[f"{name}, seed {seed}"] = result
             click.echo(f"{name}, seed {seed}: {result}", err=True)
-            write(identity[:16], found)
-    write(identity[:16], found)
+            write(name_of_recipe, found)
+    write(name_of_recipe, found)
+
+
+def identity() -> str:
+    """16 hex digits that name all of the recipe that objectives share."""
+    recipe = flat(trained(load("params.yaml", OBJECTIVES["v"])))
+    shared = {key: value for key, value in recipe.items() if key not in OBJECTIVES["edm"]}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _task(task: tuple[str, int]) -> tuple[str, int, dict[str, Any]]:
