@@ -154,7 +154,7 @@ def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object])
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
-    many = {"sample.num_images": 48, "sample.steps": 30, "sample.save_png": False}
+    many = {"sample.num_images": 200, "sample.steps": 30, "sample.save_png": False}
     write_params(**OVERRIDES | many)
     process = start("stages.sample")
     wait_for_parts(process, 1)
