@@ -18,7 +18,7 @@ from stores import (
     wait_for,
 )
 
-from diffusion import mlflow_store, tracking
+from diffusion import mlflow_store, outbox, tracking
 
 pytest.importorskip("mlflow")
 
@@ -76,6 +76,8 @@ class TestReplay:
             assert client_of(database).get_run(run_id).info.status == "FAILED"
             assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
             assert tracking.sync(journal, client) == "up to date"
+            journal.with_suffix(".sent").write_text("")  # as a power cut may leave it
+            assert tracking.sync(journal, client).startswith("sent 10")
         assert stored_points(database, run_id) == journal_points(journal)
 
     def test_sync_makes_one_run_of_sittings_without_any(
@@ -95,6 +97,21 @@ class TestReplay:
         experiment = client.get_experiment_by_name(CONFIG.experiment)
         assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [run_id]
         assert client.get_run(run_id).info.run_name == "lr1-test"
+
+    def test_more_than_an_outage_may_hold_in_memory_is_sent(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(outbox, "MAX_WAITING", 20)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        journal = tmp_path / "run/journal.jsonl"
+        tracker = open_run(tmp_path / "run")
+        for step in range(50):
+            tracker.metrics({"loss": math.cos(step)}, step)
+        close_in_time(tracker)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        assert tracking.sync(journal, mlflow_store.connect()) == "sent 51 events"
+        run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+        assert stored_points(database, run_id) == journal_points(journal)
 
     def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
         tracker = open_run(tmp_path / "run")

@@ -147,7 +147,8 @@ class Sitting:
 def unsent(path: Path) -> list[Sitting]:
     """The sittings of a journal that MLflow may lack, in order: all after the newest `mark_sent`."""
     mark = path.with_suffix(".sent")
-    sent = int(mark.read_text()) if mark.exists() else 0
+    text = mark.read_text().strip() if mark.exists() else ""
+    sent = int(text) if text.isdecimal() else 0  # a damaged mark: all is sent again, which changes nothing
     found: list[Sitting] = []
     for event in read_journal(path):
         if event.kind == "open":

@@ -22,8 +22,9 @@ class Lane:
         self.retry_at = self.moved = 0.0  # monotonic seconds
         self._alone = 0  # so many events are sent one by one
 
-    def push(self, event: Event) -> None:
-        if event.kind == "metrics" and len(self.waiting) >= MAX_WAITING:
+    def push(self, event: Event, *, replayed: bool = False) -> None:
+        """Let `event` wait; beyond MAX_WAITING points are dropped, unless `replayed`: a journal's end is in sight."""
+        if event.kind == "metrics" and not replayed and len(self.waiting) >= MAX_WAITING:
             self.dropped += 1
         else:
             self.waiting.append(event)

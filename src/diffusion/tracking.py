@@ -51,11 +51,11 @@ class MlflowTracker(NullTracker):
         self._thread = threading.Thread(target=self._work, name=f"mlflow-{writer.run_id}", daemon=True)
         self._thread.start()
 
-    def record(self, event: Event) -> None:
+    def record(self, event: Event, *, replayed: bool = False) -> None:
         if event.kind == "close":
             self._end = event
         elif event.kind != "open":
-            (self._files if event.kind == "artifact" else self._curves).push(event)
+            (self._files if event.kind == "artifact" else self._curves).push(event, replayed=replayed)
 
     def finish(self) -> None:
         """Wait for the thread while it makes progress; abandon it when it does not."""
@@ -195,7 +195,7 @@ def _open(
     missing = [sitting for sitting in earlier if sitting.run_id in (None, mirror.run_id)]
     for event in itertools.chain.from_iterable(sitting.events for sitting in missing):
         if event.kind != "close":  # this sitting's end is the run's
-            mirror.record(event)
+            mirror.record(event, replayed=True)
     return JournalledTracker(journal, mirror, path, complete=len(missing) == len(earlier))
 
 
@@ -220,7 +220,7 @@ def sync(path: Path, client: Any) -> str:
         for sitting in sittings:
             if _target(sitting, path, client) == run_id:
                 for event in sitting.events:
-                    mirror.record(event)
+                    mirror.record(event, replayed=True)
                 if not any(event.kind == "close" for event in sitting.events):
                     end = [sitting.opened, *sitting.events][-1].time
                     mirror.record(Event("close", {"status": "KILLED", "message": ""}, end))
