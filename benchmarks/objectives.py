@@ -29,9 +29,8 @@ CPU = torch.device("cpu")
 SAMPLES = 2000
 COMMON = {"diffusion.schedule": "cosine", "train.timesteps": "stratified", "train.loss_weight": "simple"}
 OBJECTIVES: dict[str, dict[str, str]] = {
-    "v": {**COMMON, "diffusion.prediction": "v"},
     "eps": {**COMMON, "diffusion.prediction": "eps"},
-    "x0, own weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "own"},
+    "v": {**COMMON, "diffusion.prediction": "v"},
     "edm": {
         "diffusion.prediction": "edm",
         "diffusion.schedule": "edm",
@@ -39,6 +38,7 @@ OBJECTIVES: dict[str, dict[str, str]] = {
         "train.loss_weight": "own",
     },
     "v, min-SNR weight": {**COMMON, "diffusion.prediction": "v", "train.loss_weight": "min_snr"},
+    "x0, own weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "own"},
 }
 SAMPLERS = (("ddim", "trailing", 20), ("dpmpp_2m", "karras", 20))
 
