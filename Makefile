@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint tune ui sync report bench bench-quality clean
+.PHONY: help setup run test lint tune ui sync serve promote report bench bench-quality clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
 
 sync: setup  ## send MLflow what it missed while it was away
 	@$(BIN)/python -m diffusion.sync
+
+serve: setup  ## answer HTTP requests with the champion: make serve [PORT=5001]
+	@$(BIN)/python -m diffusion.serving $(if $(filter command line environment,$(origin PORT)),--port $(PORT))
+
+promote: setup  ## list the registered models; make promote VERSION=n makes that one the champion
+	@$(BIN)/python -m diffusion.registry $(VERSION)
 
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report

@@ -37,20 +37,23 @@ OBJECTIVES: dict[str, dict[str, str]] = {
         "train.timesteps": "lognormal",
         "train.loss_weight": "own",
     },
-    "v, min-SNR weight": {**COMMON, "diffusion.prediction": "v", "train.loss_weight": "min_snr"},
     "x0, own weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "own"},
+    "eps, min-SNR weight": {**COMMON, "diffusion.prediction": "eps", "train.loss_weight": "min_snr"},
+    "v, min-SNR weight": {**COMMON, "diffusion.prediction": "v", "train.loss_weight": "min_snr"},
+    "x0, min-SNR weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "min_snr"},
 }
 SAMPLERS = (("ddim", "trailing", 20), ("dpmpp_2m", "karras", 20))
 
 
 @click.command()
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each objective.")
+@click.option("--only", multiple=True, type=click.Choice(list(OBJECTIVES)), help="Objectives to train; all if none.")
 @click.option("--at-once", default=2, show_default=True, help="Trainings side by side, one thread each.")
-def main(seeds: int, at_once: int) -> None:
+def main(seeds: int, only: tuple[str, ...], at_once: int) -> None:
     """Train what is missing, score, print one JSON line, write results/objectives.json."""
     name_of_recipe = identity()
     found = kept(name_of_recipe)
-    todo = [(name, seed) for seed in range(seeds) for name in OBJECTIVES if f"{name}, seed {seed}" not in found]
+    todo = [(name, seed) for seed in range(seeds) for name in only or OBJECTIVES if f"{name}, seed {seed}" not in found]
     context = multiprocessing.get_context("spawn")
     with context.Pool(at_once, maxtasksperchild=1) as pool:
         for name, seed, result in pool.imap_unordered(_task, todo):

@@ -250,6 +250,21 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     points = client.get_metric_history(found.info.run_id, "train/loss")
     assert [(p.step, p.value) for p in points] == [(step, pytest.approx(loss)) for step, loss in rows]
-    folders = {"model": "model.safetensors", "previews": "step_000004.png", "samples": "grid.png", "curves": "loss.csv"}
+    folders = {
+        "model": "model.safetensors",
+        "samples": "grid.png",
+        "curves": "loss.csv",
+        "report": "loss.png",
+        "": "params.yaml",
+    }
     for folder, name in folders.items():
-        assert f"{folder}/{name}" in {f.path for f in client.list_artifacts(found.info.run_id, folder)}
+        assert (f"{folder}/" if folder else "") + name in {
+            f.path for f in client.list_artifacts(found.info.run_id, folder)
+        }
+    pictures = [file.path.split("+") for file in client.list_artifacts(found.info.run_id, "images")]
+    assert {(name, step) for name, _, step, *_ in pictures} >= {("images/samples", "4"), ("images/denoising", "4")}
+    (data,) = found.inputs.dataset_inputs
+    assert data.dataset.digest == found.data.tags["data.digest"][:36]
+    version = client.get_model_version_by_alias("test", "champion")
+    assert version.run_id == found.info.run_id
+    assert float(version.tags["fd_lite0"]) == found.data.metrics["evaluate/fd_lite0"]

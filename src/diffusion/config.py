@@ -219,19 +219,20 @@ def trained_from_dict(tree: Mapping[str, Any]) -> TrainedConfig:
     Raises:
         UserError: the card was written by another version of this project.
     """
-
-    def section(kind: Any, name: str) -> Any:
-        return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in tree[name].items()})
-
     try:
         return TrainedConfig(
             tree["seed"],
-            section(DiffusionConfig, "diffusion"),
-            section(ModelConfig, "model"),
-            section(TrainConfig, "train"),
+            section_from_dict(DiffusionConfig, tree["diffusion"]),
+            section_from_dict(ModelConfig, tree["model"]),
+            section_from_dict(TrainConfig, tree["train"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the model's config does not fit this version ({error}): train it again") from None
+
+
+def section_from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A section's dataclass from the values that `to_dict` made of it; nothing is checked."""
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -243,6 +244,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def write_yaml(params: Params, path: Path) -> None:
+    """A params file that `load` reads as `params`; without comments."""
+    from ruamel.yaml import YAML
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    YAML().dump(to_dict(params), path)
 
 
 def flat(config: Any, section: str = "") -> dict[str, object]:

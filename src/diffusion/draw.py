@@ -26,15 +26,14 @@ from diffusion.background import Background
 from diffusion.config import Params, SampleConfig, flat, to_dict
 from diffusion.distributed import World, joined
 from diffusion.errors import UserError
-from diffusion.export import load_model, read_card
-from diffusion.journal import NullTracker, Tracker
+from diffusion.export import load_denoiser, read_card
+from diffusion.journal import JOURNAL, NullTracker, Tracker
 from diffusion.parameterization import Denoiser
 from diffusion.parts import Parts, missing
 from diffusion.provenance import code_digest
 from diffusion.rules import doubtful
-from diffusion.runtime import keep_freed_memory, resolve_precision, use_fast_kernels
+from diffusion.runtime import keep_freed_memory
 from diffusion.samplers import evaluations
-from diffusion.schedules import configured_schedule
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -60,7 +59,7 @@ def draw(params: Params) -> None:
         if world.is_main:
             for line in doubtful(params.sample):
                 print(f"warning: {line}", file=sys.stderr)
-            journal = run / "journal.jsonl"
+            journal = run / JOURNAL
             tracker = tracking.attach(params.tracking, card["run_id"], stage="sample", journal=journal)
         with tracking.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
@@ -113,7 +112,7 @@ def only_sampler(folder: Path) -> Iterator[None]:
 
 def _draw(params: Params, card: dict[str, Any], run: Path, world: World, device: torch.device) -> None:
     keep_freed_memory()
-    denoiser = world.together(lambda: _load(params.sample, device))
+    denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
     parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
     with contextlib.ExitStack() as held:
         world.together(lambda: held.enter_context(only_sampler(parts.folder)) if world.is_main else None)
@@ -121,18 +120,6 @@ def _draw(params: Params, card: dict[str, Any], run: Path, world: World, device:
         if world.is_main:
             _write_outputs(params, denoiser, parts.collect(params.sample.num_images), card, device)
             parts.remove()
-
-
-def _load(config: SampleConfig, device: torch.device) -> Denoiser:
-    use_fast_kernels(device)
-    net, trained = load_model(paths.MODEL)
-    return Denoiser(
-        net.to(device),
-        configured_schedule(trained.diffusion).to(device),
-        trained.diffusion.prediction,
-        dtype=resolve_precision(config.precision, device),
-        clip_x0=config.clip_x0,
-    )
 
 
 def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, device: torch.device) -> None:
@@ -198,6 +185,7 @@ def _write_outputs(
     else:
         np.savez(paths.SAMPLES_NPZ, images=drawn, labels=labels.numpy())
     about = {
+        "config": to_dict(config),
         **{
             key: to_dict(config)[key]
             for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")

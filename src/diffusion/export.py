@@ -8,8 +8,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffusion.config import TrainedConfig, to_dict, trained_from_dict
+from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
 from diffusion.errors import UserError
+from diffusion.parameterization import Denoiser
+from diffusion.runtime import resolve_precision, use_fast_kernels
+from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
 
@@ -37,6 +40,23 @@ def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be used ({reason}): restore it, or run `dvc repro -f train`") from None
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), config
+
+
+def load_denoiser(path: Path | str, config: SampleConfig, device: torch.device) -> Denoiser:
+    """What samplers ask, from a model file: on `device`, in the precision and with the clipping that `config` says.
+
+    Raises:
+        UserError: see `load_model`.
+    """
+    use_fast_kernels(device)
+    net, trained = load_model(path)
+    return Denoiser(
+        net.to(device),
+        configured_schedule(trained.diffusion).to(device),
+        trained.diffusion.prediction,
+        dtype=resolve_precision(config.precision, device),
+        clip_x0=config.clip_x0,
+    )
 
 
 def read_card(path: Path) -> dict[str, Any]:

@@ -16,15 +16,17 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from diffusion import paths, tracking
-from diffusion.config import Params, flat, trained
+from diffusion.config import Params, flat, trained, write_yaml
 from diffusion.data import Dataset
 from diffusion.distributed import joined
+from diffusion.ema import ema_decay
 from diffusion.errors import UserError
 from diffusion.export import save_model
 from diffusion.journal import NullTracker, Tracker
+from diffusion.mlflow_writer import SystemMetrics
 from diffusion.previews import write_previews
 from diffusion.provenance import origin
-from diffusion.runtime import keep_freed_memory
+from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.training import Record, Trainer, fingerprint, train
 
 
@@ -99,6 +101,7 @@ class StopRequest:
 
 def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
     config, world = trainer.config.train, trainer.world
+    system = SystemMetrics(wanted=tracker.run_id is not None)
     with tqdm(
         total=config.steps * config.batch_size,
         initial=trainer.progress.step * config.batch_size,
@@ -111,10 +114,11 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
         for record in train(trainer):
             if world.is_main:
                 bar.update(config.batch_size)
-                _show(record, trainer, tracker, bar)
+                _show(record, trainer, tracker, system, bar)
                 if record.step % config.preview_every == 0 or record.step == config.steps:
-                    for picture in write_previews(trainer, trainer.folder / "previews"):
-                        tracker.artifact(picture, "previews")
+                    pictures = write_previews(trainer, trainer.folder / "previews")
+                    for key, picture in zip(("samples", "denoising"), pictures, strict=True):
+                        tracker.image(picture, key, record.step)
             if _stops(trainer, stop, record.step):
                 trainer.save()
                 if not world.is_main:
@@ -128,13 +132,15 @@ def _stops(trainer: Trainer, stop: StopRequest, step: int) -> bool:
     return step < trainer.config.train.steps and asks and trainer.world.any(stop.asked)
 
 
-def _show(record: Record, trainer: Trainer, tracker: Tracker, bar: Any) -> None:
+def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetrics, bar: Any) -> None:
     """Bar and tracker get what the step logged."""
     progress = trainer.progress
     if record.row:
         values = {f"train/{key}": value for key, value in record.row.items() if key != "step"}
         values["train/images_per_second"] = _images_per_second(trainer)
-        tracker.metrics(values, record.step)
+        values["train/ema_decay"] = ema_decay(record.step, trainer.config.train.ema_decay)
+        values["train/memory_megabytes"] = peak_memory(trainer.device) / 1e6
+        tracker.metrics(values | system.read(), record.step)
     if record.val_loss is not None:
         best = {"best/val_loss": progress.best_val_loss, "best/step": progress.best_step}
         tracker.metrics({"val/loss": record.val_loss, **best}, record.step)
@@ -154,7 +160,16 @@ def _open_run(params: Params, folder: Path, data_digest: str, made_by: dict[str,
         tags={"data.digest": data_digest, "fingerprint": folder.name, **made_by},
     )
     tracker.params(flat(trained(params)))
+    tracker.dataset(**_described_data())
+    whole = folder / paths.PARAMS.name
+    write_yaml(params, whole)
+    tracker.artifact(whole)
     return tracker
+
+
+def _described_data() -> dict[str, str]:
+    card = json.loads(paths.DATA_CARD.read_text())
+    return {"name": Path(card["source"]).name, "digest": card["digest"], "source": card["source"]}
 
 
 def run_name(params: Params) -> str:

@@ -1,5 +1,6 @@
 """Grids, strips and PNG files of uint8 images, with Pillow and NumPy alone."""
 
+import io
 import os
 import re
 import threading
@@ -87,14 +88,26 @@ def remove_numbered(folder: Path) -> None:
             path.unlink()
 
 
-def _write(array: np.ndarray, path: Path) -> None:
+def png(array: np.ndarray) -> bytes:
+    """A PNG file of uint8 (H, W) or (H, W, C), C = 1 to 4."""
+    file = io.BytesIO()
+    _picture(array).save(file, format="PNG", compress_level=COMPRESS_LEVEL)
+    return file.getvalue()
+
+
+def _picture(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.dtype != np.uint8 or array.shape[2:] not in ((), (2,), (3,), (4,)) or array.ndim < 2:
         raise ValueError(f"a picture is uint8 (H, W) or (H, W, C), C = 1 to 4, not {array.dtype} {array.shape}")
+    return Image.fromarray(array)
+
+
+def _write(array: np.ndarray, path: Path) -> None:
+    picture = _picture(array)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        Image.fromarray(array).save(temporary, format="PNG", compress_level=COMPRESS_LEVEL)
+        picture.save(temporary, format="PNG", compress_level=COMPRESS_LEVEL)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

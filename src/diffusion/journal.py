@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -37,6 +38,15 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or a folder to keep with the run, below `folder`. It must stay in place until close() returns."""
 
+    def image(self, path: Path, key: str, step: int) -> None:
+        """A PNG that belongs to a training step; pictures of one `key` are compared over steps and runs."""
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        """The images that the run trains on. `digest`: hex digits of any number, of which MLflow keeps 36."""
+
+    def model(self, weights: Path, about: Mapping[str, Any]) -> None:
+        """A model to register: the file and what registry.register wants to know of it."""
+
     def close(self, status: Status, message: str = "") -> None:
         """End the run's present stage; later calls are ignored. Waits some 5 s at most for a store that is away."""
 
@@ -45,7 +55,7 @@ class Tracker(Protocol):
 class Event:
     """One call: what happened and when. `seq` counts a journal's lines from 1; 0 = not journalled."""
 
-    kind: Literal["open", "params", "metrics", "tags", "artifact", "close"]
+    kind: Literal["open", "params", "metrics", "tags", "artifact", "image", "dataset", "model", "close"]
     data: Mapping[str, Any]
     time: int  # milliseconds since the epoch
     seq: int = 0
@@ -67,7 +77,20 @@ class NullTracker:
         self._emit("tags", {key: str(value) for key, value in tags.items()})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._emit("artifact", {"path": str(path), "folder": folder})
+        self._emit("artifact", {"path": str(self.keep(path, folder)), "folder": folder})
+
+    def image(self, path: Path, key: str, step: int) -> None:
+        self._emit("image", {"path": str(self.keep(path, "images")), "key": key, "step": int(step)})
+
+    def dataset(self, name: str, digest: str, source: str) -> None:
+        self._emit("dataset", {"name": name, "digest": digest, "source": source})
+
+    def model(self, weights: Path, about: Mapping[str, Any]) -> None:
+        self._emit("model", {**about, "path": str(self.keep(weights, "model"))})
+
+    def keep(self, path: Path, folder: str) -> Path:
+        """Where the file will still be when an outage ends."""
+        return path
 
     def close(self, status: Status, message: str = "") -> None:
         self._emit("close", {"status": status, "message": message})
@@ -121,6 +144,25 @@ class Journal(NullTracker):
             except OSError as error:
                 warn(f"{self._path} cannot be written ({error.strerror}): this sitting's journal ends here")
                 self.finish()
+
+    def keep(self, path: Path, folder: str) -> Path:
+        """A copy beside the journal, unless it lies there already: later stages replace what they wrote."""
+        home = self._path.parent
+        if self._closed or not path.exists() or path.absolute().is_relative_to(home.absolute()):
+            return path
+        kept = home / "artifacts" / folder / path.name
+        new = kept.with_name(f".{kept.name}.new")
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, kept, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, new)
+                new.replace(kept)
+        except OSError as error:
+            warn(f"{path} cannot be kept for a later upload ({error.strerror})")
+            return path
+        return kept
 
     def finish(self) -> None:
         fd, self._fd = self._fd, -1

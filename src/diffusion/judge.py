@@ -1,13 +1,15 @@
 """The evaluate stage: scores of the samples, to metrics/evaluate.json and to the model's run."""
 
 import json
+from hashlib import sha256
 from typing import Any
 
-from diffusion import evaluation, paths, tracking
+from diffusion import evaluation, paths, registry, tracking
 from diffusion.config import Params, flat
 from diffusion.distributed import joined
 from diffusion.errors import UserError
-from diffusion.journal import NullTracker, Tracker
+from diffusion.export import read_card
+from diffusion.journal import JOURNAL, NullTracker, Tracker
 
 
 def judge(params: Params) -> None:
@@ -18,15 +20,17 @@ def judge(params: Params) -> None:
     """
     with joined(params.evaluate.device) as (world, _):
         about = world.together(_read_card)
+        drawn_with = about.pop("config")
         tracker: Tracker = NullTracker()
         if world.is_main:
-            journal = paths.RUNS / about["fingerprint"] / "journal.jsonl"
+            journal = paths.RUNS / about["fingerprint"] / JOURNAL
             tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal)
         with tracking.closing_status(tracker, "evaluate"):
             tracker.params(flat(params.evaluate, "evaluate"))
             result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
             if world.is_main:
                 _report(result, about["step"], tracker)
+                _register(params.tracking.experiment, drawn_with, result, tracker)
 
 
 def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
@@ -38,11 +42,28 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
     print("  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
 
 
+def _register(name: str, sample: dict[str, Any], result: dict[str, Any], tracker: Tracker) -> None:
+    """Hand the model to the registry with its scores and the sample section that they were drawn with."""
+    scores = [
+        {"metric": about["metric"], "value": result[about["metric"]], "of": _conditions(about)}
+        for about in result["about"]
+    ]
+    tracker.model(paths.MODEL, registry.described(name, paths.MODEL, read_card(paths.MODEL), sample, scores))
+
+
+def _conditions(about: dict[str, Any]) -> str:
+    """What has to be equal for two scores to be comparable."""
+    key = about["reference"]
+    digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{about['samples']} samples against {key['images']} of {key['split']}, {digest}"
+
+
 def _read_card() -> dict[str, Any]:
     try:
         card: dict[str, Any] = json.loads(paths.SAMPLES_CARD.read_text())
+        card["config"]
     except FileNotFoundError:
         raise UserError(f"{paths.SAMPLES_CARD} is missing: run `dvc repro sample`") from None
-    except ValueError as error:
-        raise UserError(f"{paths.SAMPLES_CARD} is not JSON ({error}): run `dvc repro -f sample`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{paths.SAMPLES_CARD} is no card of samples ({error}): run `dvc repro -sf sample`") from None
     return card

@@ -1,6 +1,5 @@
-"""MLflow's client: the only module that imports it. Which store, which run, and how events are written to it."""
+"""Which MLflow store and which run; what a store is told, mlflow_writer.py says."""
 
-import json
 import logging
 import os
 import re
@@ -15,51 +14,11 @@ import psutil
 from filelock import FileLock
 
 from diffusion import paths
-from diffusion.journal import Event, warn
-from diffusion.outbox import POINTS_PER_BATCH, is_refusal
+from diffusion.journal import warn
+from diffusion.outbox import is_refusal
 
 CREATE_SECONDS = 120.0  # for another process to make the database
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `make ui` opens on pages for LLMs
-PAIRS_PER_BATCH = 100  # MLflow's limits
-PARAM_CHARS = 6000
-TAG_CHARS = 8000
-
-
-class RunWriter:
-    """Writes events to one run; sending one twice changes nothing. Raises what MLflow's client raises."""
-
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
-
-    def send(self, batch: list[Event]) -> None:
-        """Write metric events, or one event of another kind."""
-        from mlflow.entities import Metric, Param, RunTag
-
-        kind, data = batch[0].kind, batch[0].data
-        if kind == "metrics":
-            points = [Metric(k, v, e.time, e.data["step"]) for e in batch for k, v in e.data["values"].items()]
-            self._log("metrics", points, POINTS_PER_BATCH)
-        elif kind == "params":
-            known = self._client.get_run(self.run_id).data.params  # a second, different value would be refused
-            new = [Param(key, _text(value)[:PARAM_CHARS]) for key, value in data.items() if key not in known]
-            self._log("params", new, PAIRS_PER_BATCH)
-        elif kind == "tags":
-            self._log("tags", [RunTag(key, value[:TAG_CHARS]) for key, value in data.items()], PAIRS_PER_BATCH)
-        elif kind == "close":
-            if data["message"]:
-                self._client.set_tag(self.run_id, "error", data["message"][:TAG_CHARS])
-            self._client.set_terminated(self.run_id, data["status"], batch[0].time)
-
-    def _log(self, kind: str, entities: list[Any], most: int) -> None:
-        for start in range(0, len(entities), most):
-            self._client.log_batch(self.run_id, **{kind: entities[start : start + most]}, synchronous=True)
-
-    def upload(self, batch: list[Event]) -> None:
-        path, folder = Path(batch[0].data["path"]), batch[0].data["folder"] or None
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
-        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        log(self.run_id, str(path), folder)
 
 
 def connect() -> Any:
@@ -68,6 +27,7 @@ def connect() -> Any:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
@@ -77,6 +37,11 @@ def connect() -> Any:
 
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
     return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or prepare_store())
+
+
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI names a server, which has artifacts of its own, and no database."""
+    return uri.startswith(("http:", "https:", "databricks"))
 
 
 def prepare_store() -> str:
@@ -171,7 +136,7 @@ def _known(client: Any, experiment_id: str, run_id: str) -> Any | None:
 
 def _experiment(client: Any, name: str) -> str:
     """Id of the experiment, created if need be; in a database of our own its files go below paths.MLFLOW_ARTIFACTS."""
-    local = not client.tracking_uri.startswith(("http:", "https:", "databricks"))
+    local = not is_server(client.tracking_uri)
     found = client.get_experiment_by_name(name)
     if found is None:
         if local:
@@ -189,8 +154,3 @@ def _experiment(client: Any, name: str) -> str:
         if folder != paths.MLFLOW_ARTIFACTS.absolute() and not folder.exists():
             warn(f"experiment {name} keeps its files in {folder}, which is gone (moved?): they are written there anew")
     return str(found.experiment_id)
-
-
-def _text(value: object) -> str:
-    """A parameter as params.yaml spells it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -31,6 +31,7 @@ def prepare(params: Params) -> None:
         for _ in written(source.test, paths.TEST_IMAGES):
             pass
     card = {
+        "source": params.data.source,
         "digest": sha256,
         "train_images": len(train),
         "val_images": len(val),

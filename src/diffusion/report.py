@@ -8,11 +8,12 @@ from typing import Any
 
 import jinja2
 
-from diffusion import diagrams, figures, paths, sampling
+from diffusion import diagrams, figures, paths, sampling, tracking
 from diffusion.config import Params
 from diffusion.data import real_images
 from diffusion.errors import UserError
 from diffusion.evaluation import load_samples
+from diffusion.journal import JOURNAL
 from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
@@ -71,7 +72,7 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def report(params: Params) -> None:
-    """Write report/: loss.png, schedules.png, noising.png, ..., and index.html, which holds all pictures.
+    """Write report/, here and to the model's run: loss.png, noising.png, ..., and index.html, which holds all pictures.
 
     Raises:
         UserError: an output of an earlier stage is missing or damaged.
@@ -106,6 +107,12 @@ def report(params: Params) -> None:
         about=[_rows(details) for details in evaluated["about"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+    card = _read_json(paths.SAMPLES_CARD)
+    journal = paths.RUNS / card["fingerprint"] / JOURNAL
+    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal)
+    with tracking.closing_status(tracker, "report"):
+        for path in sorted(folder.iterdir()):
+            tracker.artifact(path, "report")
 
 
 def _of_classes() -> dict[str, Path]:

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import hashlib
+import resource
+import sys
 from collections.abc import Iterator
 from typing import cast
 
@@ -39,6 +41,14 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
         native = {"cuda": _cuda_has_bf16, "cpu": _cpu_has_bf16}.get(device.type, lambda: False)()
         return torch.bfloat16 if native else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch on a CUDA device, elsewhere by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:

@@ -26,12 +26,14 @@ from diffusion.journal import (
     unsent,
     warn,
 )
-from diffusion.mlflow_store import RunWriter, connect, enter, is_alive, signature
+from diffusion.mlflow_store import connect, enter, is_alive, signature
+from diffusion.mlflow_writer import RunWriter
 from diffusion.outbox import Lane, is_refusal
 
 GATHER_SECONDS = 1.0  # how long points gather before they are written together
 CLOSE_SECONDS = 5.0  # close() gives up when the store has not moved for so long
 UPLOAD_SECONDS = 60.0  # the same while a file is on its way and nothing has failed
+FILES = ("artifact", "image", "model")
 
 
 class MlflowTracker(NullTracker):
@@ -55,7 +57,7 @@ class MlflowTracker(NullTracker):
         if event.kind == "close":
             self._end = event
         elif event.kind != "open":
-            (self._files if event.kind == "artifact" else self._curves).push(event, replayed=replayed)
+            (self._files if event.kind in FILES else self._curves).push(event, replayed=replayed)
 
     def finish(self) -> None:
         """Wait for the thread while it makes progress; abandon it when it does not."""
@@ -122,6 +124,9 @@ class JournalledTracker(NullTracker):
     def record(self, event: Event) -> None:
         self._journal.record(event)
         self._mirror.record(event)
+
+    def keep(self, path: Path, folder: str) -> Path:
+        return self._journal.keep(path, folder)
 
     def finish(self) -> None:
         self._journal.finish()

@@ -6,7 +6,7 @@ import sys
 import click
 
 from diffusion import paths
-from diffusion.mlflow_store import prepare_store
+from diffusion.mlflow_store import is_server, prepare_store
 
 
 @click.command()
@@ -14,7 +14,7 @@ from diffusion.mlflow_store import prepare_store
 def main(port: int) -> None:
     """Open MLflow's pages on the pipeline's own store, or say where they are if MLFLOW_TRACKING_URI names a server."""
     store = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if store.startswith(("http:", "https:")):
+    if is_server(store):
         click.echo(f"Runs are kept on a server (MLFLOW_TRACKING_URI): open {store}")
         return
     store = store or prepare_store()

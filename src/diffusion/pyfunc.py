@@ -1,0 +1,43 @@
+"""The model as MLflow loads it: this file as code, weights in safetensors, and the sample section."""
+
+from pathlib import Path
+
+import mlflow.models
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+
+from diffusion import api
+from diffusion.config import SampleConfig, section_from_dict
+from diffusion.errors import UserError
+
+
+class DiffusionModel(PythonModel):
+    """Answers one request a call: see `api.Request`."""
+
+    generator: api.Generator
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Read the weights and how to sample with them."""
+        sample = section_from_dict(SampleConfig, context.model_config["sample"])
+        self.generator = api.Generator(Path(context.artifacts["weights"]), sample)
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # MLflow reads hints as schemas
+        """The answer (see `api.Generator.answer`) to `model_input`, a table of one row."""
+        try:
+            if len(model_input) != 1:
+                raise UserError(f"give one request a call, not {len(model_input)}")
+            inputs = {name: _plain(model_input[name].iloc[0]) for name in model_input}  # a row would turn 16 into 16.0
+            return self.generator.answer(api.parse(inputs, self.generator.num_classes))
+        except UserError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+
+
+def _plain(value: object) -> object:
+    """A table's cell as JSON has it."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+mlflow.models.set_model(DiffusionModel())

@@ -1,0 +1,33 @@
+"""Small models for the tests of registry and serving: random weights, so that their images say something."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import REPO, TINY
+
+from diffusion import config, export, registry
+from diffusion.unet import UNet
+
+
+def params_of(**overrides: Any) -> config.Params:
+    return config.load(REPO / "params.yaml", {**TINY, **overrides})
+
+
+def write_model(folder: Path, params: config.Params, seed: int = 0) -> Path:
+    """A model file with its card, as the train stage leaves them."""
+    torch.manual_seed(seed)
+    net = UNet(params.model)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    about = {"origin": {"git.commit": "c0ffee", "device": "cpu"}, "fingerprint": "f", "run_id": None, "step": 1}
+    export.save_model(folder / "model.safetensors", net.state_dict(), config.trained(params), about)
+    return folder / "model.safetensors"
+
+
+def described(weights: Path, params: config.Params, **scores: float) -> dict[str, Any]:
+    """What judge hands to the registry; all scores are of equal conditions."""
+    card = json.loads(weights.with_suffix(".json").read_text())
+    found = [{"metric": name, "value": value, "of": "12 samples against 20"} for name, value in scores.items()]
+    return registry.described("faces", weights, card, config.to_dict(params.sample), found)

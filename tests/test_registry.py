@@ -1,0 +1,159 @@
+"""Versions and aliases of the registered model, against a real store that MLflow's own client reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from served import described, params_of, write_model
+from stores import client_of, close_in_time, open_run, warnings
+
+from diffusion import config, mlflow_store, paths, registry, sampling, serving, tracking
+from diffusion.errors import UserError
+from diffusion.export import load_denoiser
+
+pytest.importorskip("mlflow")
+
+Register = Callable[..., str]
+
+
+@pytest.fixture
+def client(database: Path) -> Any:
+    return mlflow_store.connect()
+
+
+@pytest.fixture
+def add(client: Any, tmp_path: Path) -> Register:
+    """Register random weights, a seed each, with the given scores: the version's number."""
+    run = client.create_run(client.create_experiment("e", artifact_location=(tmp_path / "store").as_uri()))
+
+    def made(seed: int, of: str = "", steps: int = 4, **scores: float) -> str:
+        params = params_of(**{"sample.steps": steps})
+        weights = write_model(tmp_path / f"model {seed}", params, seed)
+        about = described(weights, params, **scores)
+        for score in about["scores"]:
+            score["of"] += of
+        registry.register(client, run.info.run_id, weights, about)
+        versions = client.search_model_versions("name = 'faces'")
+        return next(str(v.version) for v in versions if v.tags["identity"] == about["identity"])
+
+    return made
+
+
+def holder(client: Any, alias: str) -> str:
+    return str(client.get_model_version_by_alias("faces", alias).version)
+
+
+class TestAliases:
+    def test_the_better_version_is_champion_and_the_newest_candidate(self, client: Any, add: Register) -> None:
+        assert [add(1, fd_lite0=300.0), holder(client, "champion"), holder(client, "candidate")] == ["1", "1", "1"]
+        assert [add(2, fd_lite0=310.0), holder(client, "champion"), holder(client, "candidate")] == ["2", "1", "2"]
+        assert [add(3, fd_lite0=299.9), holder(client, "champion"), holder(client, "candidate")] == ["3", "3", "3"]
+
+    def test_scores_of_other_conditions_move_nothing(
+        self, client: Any, add: Register, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        add(1, fd_lite0=300.0)
+        capsys.readouterr()
+        add(2, of=" of another split", fd_lite0=10.0)
+        add(3, fid=5.0)
+        assert holder(client, "champion") == "1"
+        said = warnings(capsys)
+        assert len(said) == 2
+        assert "make promote VERSION=2" in said[0]
+
+    def test_fid_decides_where_both_have_it(self, client: Any, add: Register) -> None:
+        add(1, fd_lite0=300.0, fid=50.0)
+        add(2, fd_lite0=200.0, fid=60.0)
+        assert holder(client, "champion") == "1"
+        add(3, fd_lite0=400.0, fid=40.0)
+        assert holder(client, "champion") == "3"
+
+    def test_another_way_to_sample_is_another_version(self, client: Any, add: Register) -> None:
+        assert add(1, fd_lite0=300.0, steps=4) != add(1, fd_lite0=290.0, steps=8)
+        assert holder(client, "champion") == "2"
+
+    def test_a_model_that_is_sent_twice_is_one_version_with_the_newest_scores(self, client: Any, add: Register) -> None:
+        add(1, fd_lite0=300.0)
+        add(1, fd_lite0=250.0)
+        (version,) = client.search_model_versions("name = 'faces'")
+        assert version.tags["fd_lite0"] == "250.0"
+
+    def test_promotion_by_hand(
+        self, client: Any, add: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(1, fd_lite0=300.0)
+        add(2, fd_lite0=310.0)
+        monkeypatch.chdir(tmp_path)
+        config.write_yaml(params_of(**{"tracking.experiment": "faces"}), paths.PARAMS)
+        listed = CliRunner().invoke(registry.main, ["2"])
+        assert listed.exit_code == 0, listed.output
+        assert holder(client, "champion") == "2"
+        lines = listed.output.splitlines()
+        assert [line.split()[:2] for line in lines] == [["1", "-"], ["2", "candidate/champion"]]
+        refused = CliRunner().invoke(registry.main, ["3"])
+        assert refused.exit_code == 2
+        assert "no version 3" in refused.output
+        with pytest.raises(UserError, match="no version 9"):
+            registry.promote(client, "faces", 9)
+
+
+def test_the_logged_model_draws_what_the_library_draws(
+    client: Any, add: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded by MLflow, which finds code, weights and settings in the copy that is served."""
+    import mlflow.pyfunc
+
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    add(1, fd_lite0=1.0)
+    params = params_of()
+    there, version = serving.fetch("faces", None)
+    assert version == 1
+    model = mlflow.pyfunc.load_model(str(there))
+    answer = model.predict({"num_images": 7, "seed": 3, "format": "raw"})
+    denoiser = load_denoiser(tmp_path / "model 1/model.safetensors", params.sample, torch.device("cpu"))
+    drawn = [*sampling.generate(denoiser, params.sample, 3, range(7), torch.device("cpu"))]
+    np.testing.assert_array_equal(np.array(answer["images"]), torch.cat(drawn).numpy())
+    assert not [p for p in there.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+    assert model.metadata.signature.inputs.input_names() == ["num_images", "seed", "format"]
+
+
+class TestThroughTheJournal:
+    def test_an_absent_server_gets_the_model_later(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By then the workspace holds another model."""
+        params = params_of()
+        weights = write_model(tmp_path / "models", params, seed=1)
+        about = described(weights, params, fd_lite0=300.0)
+        first = weights.read_bytes()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        tracker = open_run(tmp_path / "run")
+        tracker.model(weights, about)
+        tracker.artifact(weights, "model")
+        close_in_time(tracker)
+        write_model(tmp_path / "models", params, seed=2)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        client = mlflow_store.connect()
+        assert tracking.sync(tmp_path / "run/journal.jsonl", client).startswith("sent 3")
+        version = client.get_model_version_by_alias("faces", "champion")
+        assert version.tags["identity"] == about["identity"]
+        stored = list((tmp_path / "ml artifacts").rglob("model.safetensors"))
+        assert len(stored) == 2
+        assert all(path.read_bytes() == first for path in stored)
+
+    def test_a_file_that_changed_all_the_same_is_refused(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        params = params_of()
+        weights = write_model(tmp_path / "run", params, seed=1)  # beside the journal, where no copy is made
+        about = described(weights, params)
+        write_model(tmp_path / "run", params, seed=2)
+        tracker = open_run(tmp_path / "run")
+        tracker.model(weights, about)
+        close_in_time(tracker)
+        assert any("another model by now" in line for line in warnings(capsys))
+        assert not client_of(database).search_registered_models()
