@@ -18,16 +18,15 @@ from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
 from diffusion import diagrams, figures, paths, sampling
-from diffusion.config import Params, SampleConfig, load
+from diffusion.config import Params, SampleConfig, load, trained_from_dict
 from diffusion.data import real_images
 from diffusion.evaluation import make_reference, moments_of
-from diffusion.export import load_model
+from diffusion.export import load_denoiser, read_card
 from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
-from diffusion.runtime import keep_freed_memory, resolve_device, resolve_precision, use_fast_kernels
+from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.samplers import evaluations
-from diffusion.schedules import configured_schedule
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
 SOLVERS = (
@@ -73,8 +72,8 @@ def main(samples: int, full: bool, picture: Path | None) -> None:
 
 def runs(sample: SampleConfig) -> Iterator[SampleConfig]:
     """Each solver and spacing with each number of evaluations; Heun's is odd, so it takes one less."""
-    for sampler, spacing in SOLVERS:
-        for count in EVALUATIONS:
+    for count in EVALUATIONS:
+        for sampler, spacing in SOLVERS:
             yield configured(sample, sampler, spacing, (count + 1) // 2 if sampler == "heun" else count)
 
 
@@ -85,19 +84,16 @@ def configured(sample: SampleConfig, sampler: Any, spacing: Any, steps: int) -> 
 
 def model(params: Params, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
     """The trained model as the sample stage loads it, and what it is."""
-    use_fast_kernels(device)
-    net, trained = load_model(paths.MODEL)
-    schedule = configured_schedule(trained.diffusion).to(device)
-    dtype = resolve_precision(params.sample.precision, device)
-    prediction, clip = trained.diffusion.prediction, params.sample.clip_x0
-    denoiser = Denoiser(net.to(device), schedule, prediction, dtype=dtype, clip_x0=clip)
+    denoiser = load_denoiser(paths.MODEL, params.sample, device)
+    trained = trained_from_dict(read_card(paths.MODEL)["config"])
     about = {
         "sha256": hashlib.sha256(paths.MODEL.read_bytes()).hexdigest()[:16],
         "schedule": trained.diffusion.schedule,
-        "prediction": prediction,
+        "prediction": trained.diffusion.prediction,
+        "loss_weight": trained.train.loss_weight,
         "images_seen": trained.train.steps * trained.train.batch_size,
-        "clip_x0": clip,
-        "precision": str(dtype).removeprefix("torch."),
+        "clip_x0": params.sample.clip_x0,
+        "precision": str(denoiser.dtype).removeprefix("torch."),
     }
     return denoiser, about
 

@@ -14,11 +14,13 @@ from diffusion.report import report
 def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the earlier stages would have left, with a score whose name needs escaping."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     pictures = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
     for folder in (paths.IMAGES, paths.SAMPLES, paths.TRAIN_METRICS.parent, paths.LOSS_CSV.parent):
         folder.mkdir(parents=True)
     np.save(paths.TRAIN_IMAGES, pictures)
     np.savez(paths.SAMPLES_NPZ, images=pictures)
+    paths.SAMPLES_CARD.write_text(json.dumps({"fingerprint": "f", "run_id": None}))
     images.save_png(pictures[0], paths.SAMPLES / "denoising.png")
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
@@ -32,7 +34,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Path, tiny) -> None:
-    report(tiny())
+    report(tiny(**{"tracking.enabled": False}))
     page = (paths.REPORT / "index.html").read_text()
     for text in ("432.1", "1.5 min", "640", "denoising, step 500", "&lt;b&gt;train&lt;/b&gt;"):
         assert text in page, text
@@ -48,7 +50,7 @@ def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Pa
 def test_a_missing_input_is_one_line(outputs: Path, tiny, path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="dvc repro") as caught:
-        report(tiny())
+        report(tiny(**{"tracking.enabled": False}))
     assert "\n" not in str(caught.value)
 
 
@@ -56,7 +58,7 @@ def test_a_long_training_shows_six_steps_from_first_to_last(outputs: Path, tiny)
     for step in range(1000, 41_000, 1000):
         for kind in ("", "_denoising"):
             images.save_png(np.zeros((4, 4, 3), np.uint8), paths.PREVIEWS / f"step_{step:06d}{kind}.png")
-    report(tiny())
+    report(tiny(**{"tracking.enabled": False}))
     shown = re.findall(r'alt="samples, step ([\d,]+)"', (paths.REPORT / "index.html").read_text())
     assert len(shown) == 6
     assert (shown[0], shown[-1]) == ("500", "40,000")
