@@ -31,7 +31,7 @@ pytest.importorskip("mlflow")
 CONDITIONAL = {"model.num_classes": 10, "sample.guidance": 2.0, "tracking.experiment": "faces"}
 
 
-def reply(port: int, body: bytes | str, **headers: str) -> tuple[int, Any]:
+def reply(port: int, body: Any, **headers: str) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("POST", "/invocations", body, {"Content-Type": "application/json", **headers})
     answer = connection.getresponse()
@@ -150,6 +150,7 @@ def test_what_mlflows_server_answers_with_500_or_a_traceback_is_a_4xx_here(serve
     assert reply(port, b"\xff\xfe")[0] == 400
     assert reply(port, '{"dataframe_records": []}')[0] == 400
     assert reply(port, " " * 70_000)[0] == 413
+    assert reply(port, iter([b'{"inputs": ', b'{"num_images": 1}}']))[0] == 411  # chunked
     assert reply(port, "{}", **{"Content-Type": "text/csv"})[0] == 415
     assert reply(port, "{}", **{"Content-Type": ""})[0] == 415
 

@@ -99,8 +99,10 @@ def app() -> Any:
     async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.url.path == "/invocations" and request.method == "POST":
             length = request.headers.get("content-length", "")
-            if not length.isdecimal() or int(length) > MAX_BODY:
-                return JSONResponse({"error": f"send at most {MAX_BODY} bytes, with their Content-Length"}, 413)
+            if not length.isdecimal():
+                return JSONResponse({"error": "say how long the body is, with Content-Length"}, 411)
+            if int(length) > MAX_BODY:
+                return JSONResponse({"error": f"the body is too long: send at most {MAX_BODY} bytes"}, 413)
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 return JSONResponse({"error": "send JSON, with Content-Type: application/json"}, 415)
