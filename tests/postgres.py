@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stores import free_port
 
 SECONDS = 60.0  # a start that takes longer has failed
 DEBIAN = Path("/usr/lib/postgresql")
@@ -59,7 +59,7 @@ def server(folder: Path) -> Iterator[str]:
         command = {"stdout": log, "stderr": log, "user": user, "cwd": home, "env": {**os.environ, "LC_ALL": "C"}}
         initdb = [bin_folder / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"]
         subprocess.run(initdb, check=True, **command)
-        port = _free_port()
+        port = free_port()
         options = ["-h", "127.0.0.1", "-p", str(port), "-k", home, "-F"]  # -F: no fsync, the data live for one test
         process = subprocess.Popen([bin_folder / "postgres", "-D", data, *options], **command)
         try:
@@ -76,13 +76,6 @@ def _user() -> str | None:
         return None
     known = {entry.pw_name for entry in pwd.getpwall()}
     return "postgres" if "postgres" in known else "nobody"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _wait(process: "subprocess.Popen[Any]", asks: list[Any], log: str) -> None:
