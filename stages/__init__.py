@@ -5,26 +5,30 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 from diffusion import paths
-from diffusion.config import Params, load
+from diffusion.config import Params, load, read_value, schema
 from diffusion.errors import UserError
+from diffusion.ranges import allowed
 
 OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
+KEYS = {key.replace(".", "__"): key for key in schema()}  # names that click takes -> keys of params.yaml
 
 
 def stage(work: Callable[[Params], None]) -> click.Command:
-    """Make `work` a command: --params, --help, and errors that a person can read.
+    """Make `work` a command: --params, an option for each key of params.yaml, and errors that a person can read.
 
     Exit status 2: something the user can put right. 130: stopped by Ctrl-C or SIGTERM.
     """
 
-    def command(params: Path) -> None:
+    def command(params: Path, **given: Any) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            work(load(params))
+            overrides = {KEYS[name]: read_value(KEYS[name], text) for name, text in given.items() if text is not None}
+            work(load(params, overrides))
         except UserError as error:
             click.secho(f"error: {error}", fg="red", err=True)
             sys.exit(2)
@@ -38,14 +42,19 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             click.secho(str(error) or "stopped; `dvc repro` starts this stage anew", fg="yellow", err=True)
             sys.exit(130)
 
-    option = click.option(
-        "--params",
-        type=click.Path(dir_okay=False, path_type=Path),
-        default=paths.PARAMS,
-        show_default=True,
-        help="Params file to read.",
-    )
-    return click.command(help=work.__doc__)(option(command))
+    file = click.Path(dir_okay=False, path_type=Path)
+    made = click.Command("stage", help=work.__doc__, callback=command)
+    made.params = [
+        click.Option(["--params"], type=file, default=paths.PARAMS, show_default=True, help="Params file to read."),
+        *(click.Option([f"--{key}", name], metavar="VALUE", help=allowed(schema()[key])) for name, key in KEYS.items()),
+    ]
+    return made
+
+
+def arguments() -> list[str]:
+    """The running command's own arguments, for the processes that share its work."""
+    given = {KEYS.get(name, name): value for name, value in click.get_current_context().params.items()}
+    return [text for key, value in given.items() if value is not None for text in (f"--{key}", str(value))]
 
 
 def _interrupt(number: int, frame: object) -> None:

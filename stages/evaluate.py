@@ -1,17 +1,14 @@
-import click
-
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
 from diffusion.judge import judge
-from stages import stage
+from stages import arguments, stage
 
 
 @stage
 def main(params: Params) -> None:
     """Score the samples against the references; write metrics/evaluate.json."""
     if params.evaluate.processes > 1 and not is_worker():
-        arguments = ["--params", str(click.get_current_context().params["params"])]
-        launch(params.evaluate.processes, "stages.evaluate", arguments)
+        launch(params.evaluate.processes, "stages.evaluate", arguments())
     else:
         judge(params)
 

@@ -1,17 +1,14 @@
-import click
-
 from diffusion import evaluation
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from stages import stage
+from stages import arguments, stage
 
 
 @stage
 def main(params: Params) -> None:
     """Compute the statistics of real images that samples are compared with."""
     if params.evaluate.processes > 1 and not is_worker():
-        arguments = ["--params", str(click.get_current_context().params["params"])]
-        launch(params.evaluate.processes, "stages.reference", arguments)
+        launch(params.evaluate.processes, "stages.reference", arguments())
     else:
         evaluation.write_references(params)
 

@@ -1,17 +1,14 @@
-import click
-
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
 from diffusion.draw import draw
-from stages import stage
+from stages import arguments, stage
 
 
 @stage
 def main(params: Params) -> None:
     """Generate images from noise with the trained model; save every one in samples/."""
     if params.sample.processes > 1 and not is_worker():
-        arguments = ["--params", str(click.get_current_context().params["params"])]
-        launch(params.sample.processes, "stages.sample", arguments)
+        launch(params.sample.processes, "stages.sample", arguments())
     else:
         draw(params)
 

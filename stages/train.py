@@ -1,16 +1,14 @@
-import click
-
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
 from diffusion.fit import fit
-from stages import stage
+from stages import arguments, stage
 
 
 @stage
 def main(params: Params) -> None:
     """Train, or resume, and keep the EMA weights with the best validation loss in models/."""
     if params.train.processes > 1 and not is_worker():
-        launch(params.train.processes, "stages.train", ["--params", str(click.get_current_context().params["params"])])
+        launch(params.train.processes, "stages.train", arguments())
     else:
         fit(params)
 

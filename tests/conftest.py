@@ -49,6 +49,14 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The suite passes without a network: what downloads runs only when it is asked for."""
+    if "network" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(pytest.mark.skip(reason="downloads packages: ask for it with -m network"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """pytest-xdist runs a worker a core; the MLflow store and DVC stay away from the repository."""

@@ -75,23 +75,33 @@ def close_in_time(tracker: Tracker, status: Status = "FINISHED") -> None:
     assert not thread.is_alive(), "close() hangs"
 
 
-@contextmanager
-def server(database: Path, artifacts: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A real `mlflow server` in a process group of its own: its address, and a function that kills it."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"backend-store-uri": f"sqlite:///{database}", "artifacts-destination": artifacts.as_uri()}
+        port: int = free.getsockname()[1]
+        return port
+
+
+@contextmanager
+def server(store: Path | str, artifacts: Path, port: int = 0) -> Iterator[tuple[str, Callable[..., None]]]:
+    """A real `mlflow server` on a SQLite file or a database's URI, in a process group of its own.
+
+    Yields its address, and a function that sends the group a signal: SIGKILL, unless it is given another.
+    """
+    port = port or free_port()
+    backend = f"sqlite:///{store}" if isinstance(store, Path) else store
+    options = {"backend-store-uri": backend, "artifacts-destination": artifacts.as_uri()}
     options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
     command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
     log = (artifacts.parent / "server.log").open("wb")
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def kill() -> None:
+    def kill(number: int = signal.SIGKILL) -> None:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, number)
+            if number == signal.SIGKILL:
+                process.wait()
 
     def healthy() -> bool:
         assert process.poll() is None, Path(log.name).read_text()

@@ -142,9 +142,10 @@ def test_declared_paths_are_the_codes() -> None:
 
 def test_mlproject_runs_the_same_stages() -> None:
     entry_points = YAML(typ="safe").load(REPO / "MLproject")["entry_points"]
-    assert set(STAGES) <= set(entry_points)
-    for name in STAGES:
-        assert entry_points[name]["command"] == f"PYTHONPATH=src {STAGES[name]['cmd']}"
+    assert set(entry_points) == {"main", "tune", *STAGES}
+    for name, entry_point in entry_points.items():
+        assert entry_point["command"] == f"PYTHONPATH=src python -m stages.{name} --params {{params}}"
+        assert entry_point["parameters"]["params"]["default"] == str(paths.PARAMS)
 
 
 def test_mlflows_environment_is_the_locked_one() -> None:

@@ -187,6 +187,21 @@ def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Par
         raise UserError(f"{path}: {error}") from None
 
 
+def read_value(key: str, text: str) -> object:
+    """The value of a key as it would stand in params.yaml: a number, a word, null, [a, list].
+
+    Raises:
+        UserError: it is no YAML.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise UserError(f"{key} = {text!r} is not readable as YAML: it must be {allowed(schema()[key])}") from None
+
+
 def from_dict(tree: Mapping[str, Any]) -> Params:
     """Validate nested plain values as params.yaml holds them.
 

@@ -36,7 +36,7 @@ def connect() -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
-    return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or prepare_store())
+    return MlflowClient(_anchored(os.environ.get("MLFLOW_TRACKING_URI", "")) or prepare_store())
 
 
 def is_server(uri: str) -> bool:
@@ -67,6 +67,12 @@ def _create_database(path: Path) -> None:
             new.replace(path)
 
 
+def _anchored(uri: str) -> str:
+    """A relative SQLite file, as `mlflow run` names its own, means the repository's also in DVC's temporary folders."""
+    scheme, file = uri[:10], uri[10:]
+    return _sqlite(paths.ROOT / file) if scheme == "sqlite:///" and file else uri
+
+
 def _sqlite(path: Path) -> str:
     return f"sqlite:///{path.as_posix()}"
 
@@ -82,6 +88,8 @@ def enter(client: Any, experiment: str, run_id: str | None, name: str, tags: Map
         link = {"linked_run_id": run_id} if run_id else {}
         return str(client.create_run(experiment_id, run_name=name, tags={**tags, **link}).info.run_id)
     found = run.info.run_id
+    if run.info.experiment_id != experiment_id:
+        close_dead_runs(client, run.info.experiment_id)
     client.update_run(found, status="RUNNING")
     client.log_batch(found, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
     if "error" in run.data.tags:

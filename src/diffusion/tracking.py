@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from diffusion import project_run
 from diffusion.config import TrackingConfig
 from diffusion.journal import (
     JOURNAL,
@@ -188,7 +189,12 @@ def _open(
     if config.enabled:
         try:
             client = connect()
-            mirror = MlflowTracker(RunWriter(client, enter(client, config.experiment, run_id, name, tags)), path)
+            adopted = (
+                project_run.adopt(client, config.experiment, name) if run_id is None and stage == "train" else None
+            )
+            entered = enter(client, config.experiment, run_id or adopted, name, tags)
+            project_run.link(client, entered)
+            mirror = MlflowTracker(RunWriter(client, entered), path)
         except Exception as error:  # not installed, no network, full disk, refused: the answer is the same
             warn(f"no MLflow ({_brief(error)}); going on with {path} alone")
     opened = {"stage": stage, "name": name, "run_id": mirror and mirror.run_id, "asked_run_id": run_id, "tags": tags}

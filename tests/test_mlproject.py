@@ -1,0 +1,218 @@
+"""`mlflow run` itself on the committed MLproject: parameters, and which MLflow run holds what."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import REPO
+from stores import CONFIG, client_of, open_run
+from test_dvc import Project
+
+from diffusion import config, project_run, tracking
+from stages import stage
+
+pytest.importorskip("mlflow")
+EXPERIMENT = "cifar10-diffusion"  # of params.yaml
+
+
+class TestOptions:
+    """Every key of params.yaml is an option of every stage, read as YAML and checked as the file is."""
+
+    def run(self, *arguments: str) -> tuple[int, str, list[config.Params]]:
+        seen: list[config.Params] = []
+        result = CliRunner().invoke(stage(seen.append), ["--params", str(REPO / "params.yaml"), *arguments])
+        return result.exit_code, result.output, seen
+
+    def test_they_replace_what_the_file_says(self) -> None:
+        given = {
+            "seed": "3",
+            "train.lr": "3e-4",
+            "train.flip": "false",
+            "model.multipliers": "[1, 2]",
+            "model.num_classes": "null",
+            "diffusion.prediction": "eps",
+        }
+        _, _, (params,) = self.run(*(text for key, value in given.items() for text in (f"--{key}", value)))
+        expected = {key: json.loads(value) if key != "diffusion.prediction" else value for key, value in given.items()}
+        assert config.flat(params) == config.flat(config.load(REPO / "params.yaml")) | expected
+
+    def test_there_is_one_for_every_key(self) -> None:
+        file = config.load(REPO / "params.yaml")
+        every = [text for key, value in config.flat(file).items() for text in (f"--{key}", json.dumps(value))]
+        assert self.run(*every)[2] == [file]
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--train.lr", "fast"], "train.lr = 'fast' is not allowed: it must be a number from 1e-08 to 1"),
+            (["--train.steps", "1.5"], "train.steps = 1.5 is not allowed: it must be a whole number"),
+            (["--model.multipliers", "[1"], "model.multipliers = '[1' is not readable as YAML"),
+            (["--sample.guidance", "2"], "set model.num_classes"),
+            (["--train.stepz", "3"], "--train.steps"),
+        ],
+    )
+    def test_a_wrong_one_is_said_and_nothing_runs(self, arguments: list[str], said: str) -> None:
+        status, output, seen = self.run(*arguments)
+        assert (status, seen) == (2, [])
+        assert said in output
+
+
+class TestRun:
+    """The run that `mlflow run` opened, made here as it makes it."""
+
+    def opened(self, database: Path, monkeypatch: pytest.MonkeyPatch, name: str = "bold-fish-7") -> str:
+        client = client_of(database)
+        known = client.get_experiment_by_name(CONFIG.experiment)
+        experiment = known.experiment_id if known else client.create_experiment(CONFIG.experiment)
+        run_id: str = client.create_run(
+            experiment, run_name=name, tags={"mlflow.project.entryPoint": "main"}
+        ).info.run_id
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        return run_id
+
+    def test_a_new_training_takes_it_and_names_it(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_id = self.opened(database, monkeypatch)
+        tracker = open_run(tmp_path / "a")
+        tracker.close("FINISHED")
+        assert tracker.run_id == run_id
+        run = client_of(database).get_run(run_id)
+        assert (run.info.run_name, run.info.status) == ("lr1-test", "FINISHED")
+
+    def test_the_users_own_name_stays(self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_id = self.opened(database, monkeypatch, "my best idea")
+        open_run(tmp_path / "a").close("FINISHED")
+        assert client_of(database).get_run(run_id).info.run_name == "my best idea"
+
+    def test_two_trainings_do_not_mix(self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_id = self.opened(database, monkeypatch)
+        first, second = open_run(tmp_path / "a"), open_run(tmp_path / "b")
+        first.close("FINISHED")
+        second.close("FINISHED")
+        third = open_run(tmp_path / "c")  # a shell that still names a run that is over
+        third.close("FINISHED")
+        assert first.run_id == run_id
+        assert len({first.run_id, second.run_id, third.run_id}) == 3
+
+    def test_what_goes_on_with_an_older_run_leaves_a_link(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = client_of(database)
+        older = open_run(tmp_path / "a")
+        older.close("KILLED")
+        for write in (
+            lambda: tracking.attach(CONFIG, older.run_id, stage="sample", journal=tmp_path / "a/journal.jsonl"),
+            lambda: open_run(tmp_path / "a"),  # resumed
+        ):
+            opened = self.opened(database, monkeypatch)
+            tracker = write()
+            tracker.close("FINISHED")
+            assert tracker.run_id == older.run_id
+            run = client.get_run(opened)
+            assert run.data.tags["pipeline.run_id"] == older.run_id
+            assert f"/runs/{older.run_id})" in run.data.tags["mlflow.note.content"]
+            assert run.info.status == "RUNNING"  # `mlflow run` ends it
+            client.set_terminated(opened)
+
+    def test_a_run_of_another_store_is_none(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for run_id in ("0" * 32, "no id at all '"):
+            monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+            assert project_run.adopt(client_of(database), CONFIG.experiment, "n") is None
+            tracker = open_run(tmp_path / run_id[:2])
+            tracker.close("FINISHED")
+            assert tracker.run_id not in (None, run_id)
+
+    def test_another_experiment_is_said_in_one_line(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run = client_of(database).create_run("0", run_name="bold-fish-7", tags={"mlflow.project.entryPoint": "train"})
+        monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+        tracker = open_run(tmp_path / "a")
+        tracker.close("FINISHED")
+        assert tracker.run_id == run.info.run_id
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--experiment-name {CONFIG.experiment}" in line
+
+
+def mlflow_run(folder: Path, *arguments: str, env_manager: str = "local") -> str:
+    """`mlflow run .` as users call it, on the store of the project's folder; what it printed."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PYTHONPATH"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ENV_ROOT": str(folder.parent / "environments"),
+    }
+    command = [sys.executable, "-m", "mlflow", "run", ".", "--env-manager", env_manager, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    made = Project(tmp_path_factory.mktemp("mlproject") / "project")
+    made.set(tracking__enabled=True)
+    made.git("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "tracked")
+    return made
+
+
+def runs(project: Project, experiment: str = EXPERIMENT) -> list[Any]:
+    """Newest first."""
+    client = client_of(project.folder / "mlflow.db")
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "models/model.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("mlproject")
+def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Project) -> None:
+    """One test, because each step starts from the state that the one before left."""
+    before = sorted(path for path in project.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns")))
+    text = (project.folder / "params.yaml").read_text()
+    in_experiment = ("--experiment-name", EXPERIMENT)
+    said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1e-3")
+    assert "train.steps = 5, train.lr = 0.001" in said
+    (run,) = runs(project)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "lr1e-3-linear-cosine-v")
+    assert (run.data.params["train.steps"], run.data.params["train.batch_size"]) == ("5", "4")
+    assert run.data.metrics.keys() >= {"final/val_loss", "evaluate/fd_lite0"}
+    assert (project.folder / "params.yaml").read_text() == text
+    made = {path for path in project.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns"))} - {*before}
+    assert {path.name for path in made} <= {"runs", "mlartifacts"}
+
+    experiment = re.search(r"Ran experiment\(s\): (\S+)", said)
+    assert experiment
+    project.dvc("exp", "apply", experiment[1])
+    assert card_of(project.folder)["run_id"] == run.info.run_id
+    assert "up to date" in mlflow_run(project.folder, *in_experiment)  # nothing is left to do
+    assert runs(project)[0].data.tags["pipeline.run_id"] == run.info.run_id
+
+    text = (project.folder / "params.yaml").read_text()
+    (project.folder / "params/other.yaml").write_text(text.replace("batch_size: 4\n", "batch_size: 3\n", 1))
+    mlflow_run(project.folder, "-e", "train", "-P", "params=params/other.yaml", "-P", "train.steps=6")
+    card = card_of(project.folder)
+    assert (card["config"]["train"]["steps"], card["config"]["train"]["batch_size"]) == (6, 3)
+    assert runs(project, "Default")[0].info.run_id == card["run_id"]
+
+
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
+def test_a_fresh_environment(project: Project) -> None:
+    mlflow_run(project.folder, "-e", "prepare", env_manager="uv")
+    mlflow_run(project.folder, "-e", "train", env_manager="uv")
+    assert card_of(project.folder)["config"]["train"]["steps"] == 4
