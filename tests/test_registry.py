@@ -101,6 +101,13 @@ class TestAliases:
             registry.promote(client, "faces", 9)
 
 
+def test_experiments_may_have_names_that_models_may_not(client: Any) -> None:
+    for experiment in ("team/faces", "a: b", "it's", 'the "best"'):
+        name = registry.model_name(experiment)
+        client.create_registered_model(name)
+        assert not client.search_model_versions(f"name = '{name}' and tags.identity = 'x'")
+
+
 def test_the_logged_model_draws_what_the_library_draws(
     client: Any, add: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ a candidate scores better in the same metric, of as many samples, against the sa
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -29,8 +30,13 @@ DECIDING = ("fid", "fd_lite0")  # the first that both have decides
 PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tqdm")
 
 
+def model_name(experiment: str) -> str:
+    """What the experiment's registered model is called: as the experiment, without what MLflow or its queries refuse."""
+    return re.sub(r"[/:%'\"]", "-", experiment)
+
+
 def described(
-    name: str, weights: Path, card: Mapping[str, Any], sample: Mapping[str, Any], scores: list[dict[str, Any]]
+    experiment: str, weights: Path, card: Mapping[str, Any], sample: Mapping[str, Any], scores: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What `register` has to know, in JSON types. `sample`: the sample section that the images were drawn with.
 
@@ -39,7 +45,13 @@ def described(
     digest = _digest(weights)
     way = {key: sample[key] for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")}
     identity = hashlib.sha256(json.dumps([digest, way], sort_keys=True).encode()).hexdigest()[:16]
-    about = {"name": name, "identity": identity, "sha256": digest, "card": dict(card), "sample": dict(sample)}
+    about = {
+        "name": model_name(experiment),
+        "identity": identity,
+        "sha256": digest,
+        "card": dict(card),
+        "sample": dict(sample),
+    }
     return {**about, "scores": scores}
 
 
@@ -179,7 +191,7 @@ def _digest(path: Path) -> str:
 def main(version: int | None) -> None:
     """List the versions of the registered model; with VERSION, make that one the champion."""
     try:
-        client, name = connect(), load(paths.PARAMS).tracking.experiment
+        client, name = connect(), model_name(load(paths.PARAMS).tracking.experiment)
         if version is not None:
             promote(client, name, version)
         _list(client, name)

@@ -18,7 +18,7 @@ from diffusion import api, paths
 from diffusion.config import load
 from diffusion.errors import UserError
 from diffusion.mlflow_store import connect
-from diffusion.registry import champion
+from diffusion.registry import champion, model_name
 
 MAX_BODY = 65_536  # bytes; the longest sensible request has a hundredth of it
 MODEL = "__pyfunc_model_path__"  # where MLflow's server looks for the folder
@@ -32,7 +32,7 @@ SECONDS = "600"  # a request may take
 def main(port: int, host: str, version: int | None) -> None:
     """Serve the champion: POST {"inputs": {"num_images": 16, "seed": 7}} to /invocations."""
     try:
-        name = load(paths.PARAMS).tracking.experiment
+        name = model_name(load(paths.PARAMS).tracking.experiment)
         folder, version = fetch(name, version)
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)
