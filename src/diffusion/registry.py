@@ -31,7 +31,7 @@ PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tq
 
 
 def model_name(experiment: str) -> str:
-    """What the experiment's registered model is called: as the experiment, without what MLflow or its queries refuse."""
+    """Of the experiment's registered model: the experiment's name without what MLflow refuses."""
     return re.sub(r"[/:%'\"]", "-", experiment)
 
 
