@@ -1,0 +1,154 @@
+"""The real train stage while a real `mlflow server` dies, hangs or is not there: nothing is lost, nothing doubled."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stores import client_of, journal_points, server, stored_points, wait_for
+from test_stages import run, write_params
+
+from diffusion import fit, mlflow_store, outbox, paths, tracking
+from diffusion.config import TrackingConfig
+
+pytest.importorskip("mlflow")
+pytestmark = pytest.mark.slow
+
+STEPS, MIDDLE = 40, 20
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def impatient(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.2)
+    every = {"log_every": 1, "validate_every": 10, "preview_every": STEPS, "checkpoint_every": STEPS}
+    write_params(**{"tracking.enabled": True, "train.steps": STEPS, **{f"train.{k}": v for k, v in every.items()}})
+    assert run("prepare").exit_code == 0
+
+
+def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `act` happen in the training, before what is logged of `step`."""
+    real = fit._show
+
+    def show(record: Any, *args: Any) -> None:
+        if record.step == step:
+            act()
+        real(record, *args)
+
+    monkeypatch.setattr(fit, "_show", show)
+
+
+def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `act` happen after the first points that are written while the run is being closed."""
+    monkeypatch.setattr(tracking, "GATHER_SECONDS", 1000.0)  # all waits for the end
+    monkeypatch.setattr(outbox, "POINTS_PER_BATCH", 100)
+    real = mlflow_store.RunWriter.send
+
+    def send(self: Any, batch: Any) -> None:
+        real(self, batch)
+        if batch[0].kind == "metrics":
+            act()
+
+    monkeypatch.setattr(mlflow_store.RunWriter, "send", send)
+
+
+def train() -> tuple[str, Path]:
+    """The stage itself: its output, and the journal that it left."""
+    result = run("train")
+    assert result.exit_code == 0, result.output
+    (journal,) = paths.RUNS.glob("*/journal.jsonl")
+    return result.output, journal
+
+
+def check(database: Path, journal: Path, served: Path) -> None:
+    """The store holds one run with exactly the journal's points, the stage's files and its end."""
+    client = client_of(database)
+    experiment = client.get_experiment_by_name("cifar10-diffusion")
+    (found,) = client.search_runs([experiment.experiment_id])
+    points = stored_points(database, found.info.run_id)
+    assert points == journal_points(journal)
+    assert len({point[:2] for point in points}) == len(points)  # no (key, step) twice
+    assert sum(key == "train/loss" for key, *_ in points) == STEPS
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.steps"] == str(STEPS)
+    assert next(served.rglob("model/model.safetensors")).read_bytes() == paths.MODEL.read_bytes()
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.parametrize("moment", ["before the first batch", "in the middle", "during close"])
+def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    served = tmp_path / "served"
+    with server(database, served) as (uri, kill):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+        def arrived(points: int) -> bool:
+            memory = next(paths.RUNS.glob("*/mlflow_run_id")).read_text().strip()
+            return len(stored_points(database, memory)) >= points
+
+        def kill_in_the_middle() -> None:
+            wait_for(lambda: arrived(MIDDLE))
+            kill()
+
+        with monkeypatch.context() as patch:
+            if moment == "before the first batch":
+                at_step(1, kill, patch)
+            elif moment == "in the middle":
+                at_step(MIDDLE, kill_in_the_middle, patch)
+            else:
+                in_close(kill, patch)
+            said, journal = train()
+    run_id = (journal.parent / "mlflow_run_id").read_text().strip()
+    stored = stored_points(database, run_id)
+    assert (len(stored) == 0) == (moment == "before the first batch")
+    assert set(stored) < set(journal_points(journal))
+    lines = [line for line in said.splitlines() if line.startswith("tracking:")]
+    assert len(lines) == 2, lines  # the outage, and what is left
+    assert re.search(r"events did not reach MLflow run \w+", lines[1])
+    with server(database, served) as (uri, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        if moment == "in the middle":  # the next stage sends it, or `make sync`
+            tracker = tracking.attach(
+                TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal
+            )
+            tracker.close("FINISHED")
+        else:
+            assert tracking.sync(journal, mlflow_store.connect()).startswith("sent")
+        check(database, journal, served)
+        assert tracking.sync(journal, mlflow_store.connect()) == "up to date"
+
+
+def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and never answers; awake again, it also does what it was asked meanwhile."""
+    served = tmp_path / "served"
+    with server(database, served) as (uri, send):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with monkeypatch.context() as patch:
+            at_step(MIDDLE, lambda: send(signal.SIGSTOP), patch)
+            said, journal = train()
+        send(signal.SIGCONT)
+        lines = [line for line in said.splitlines() if line.startswith("tracking:")]
+        assert len(lines) <= 2, lines
+        assert "events did not reach MLflow" in lines[-1]
+        client = mlflow_store.connect()
+        assert tracking.sync(journal, client).startswith("sent")
+        check(database, journal, served)
+
+
+def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = tmp_path / "served"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
+    said, journal = train()
+    assert [line for line in said.splitlines() if line.startswith("tracking:")] == [
+        line for line in said.splitlines() if "no MLflow" in line
+    ]
+    assert not (journal.parent / "mlflow_run_id").exists()
+    with server(database, served) as (uri, _):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert tracking.sync(journal, mlflow_store.connect()).startswith("sent")
+        check(database, journal, served)
