@@ -58,7 +58,8 @@ def main(samples: int, full: bool, picture: Path | None) -> None:
     denoiser, about = model(params, device)
     scorer = Scorer(params, device)
     known = kept(about, samples)
-    wanted = [*runs(params.sample), *([configured(params.sample, *FULL)] if full else [])]
+    wanted = [*([configured(params.sample, *FULL)] if full else []), *runs(params.sample)]
+    wanted.sort(key=lambda config: config.steps > 20)  # what tells most, first
     for config in wanted:
         key = f"{config.sampler} {config.spacing} {evaluations(config, denoiser.schedule)}"
         if key not in known:
