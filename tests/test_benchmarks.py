@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,3 +140,17 @@ def test_the_linear_classifier_separates_what_can_be_separated(script: Any) -> N
     linear = classes.fitted(features, labels)
     answers = linear(torch.eye(3) * 5).argmax(dim=1)
     assert answers.tolist() == [0, 1, 2]
+
+
+def test_the_share_of_tracking_is_that_of_a_default_run(script: Any) -> None:
+    """1000 steps of 0.1 s, 10 validations of 1 s, 2 checkpoints of 5 s; tracking 1 + 10 * 2 + 4 + 1000 * 0.01 + 5 s."""
+    module = script("tracking_cost")
+    clock = script("overheads").Clock()
+    seconds = {"step": 5.0, "validation": 2.0, "checkpoints": 5.0, "previews": 4.0, "start": 1.0, "close": 4.0}
+    calls = {"step": 50, "validation": 2, "checkpoints": 1, "previews": 2, "start": 1, "close": 1}
+    clock.seconds.update({**seconds, "metrics and curves": 0.5})
+    clock.calls.update({**calls, "metrics and curves": 50})
+    full = SimpleNamespace(steps=1000, validate_every=100, preview_every=100, checkpoint_every=500)
+    found = module.shares(clock, 0.25, 50, full)  # the thread: 20 times as much
+    assert found["seconds_of_a_default_run"] == 100 + 10 + 10 + 40
+    assert found["share"] == 40 / 160

@@ -1,5 +1,6 @@
 """What the stages say about a run, and the local journal that keeps it: the truth of which MLflow is a copy."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
+UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
 
 
 class Tracker(Protocol):
@@ -167,8 +168,11 @@ class Journal(NullTracker):
     def finish(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with suppress(OSError):  # not every file system can; the lines are with the operating system already
+            try:
                 os.fsync(fd)
+            except OSError as error:
+                if error.errno not in UNABLE:
+                    warn(f"{self._path} may lack its end on the disk ({error.strerror})")
             os.close(fd)
 
 
@@ -203,9 +207,11 @@ def unsent(path: Path) -> list[Sitting]:
 def mark_sent(path: Path, seq: int) -> None:
     """Note that MLflow has all events of a journal up to number `seq`."""
     new = path.with_suffix(".sent.new")
-    with suppress(OSError):  # then they are sent again, which changes nothing
+    try:
         new.write_text(f"{seq}\n")
         new.replace(path.with_suffix(".sent"))
+    except OSError as error:
+        warn(f"{new} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
 
 
 def read_journal(path: Path) -> list[Event]:

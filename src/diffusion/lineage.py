@@ -88,7 +88,10 @@ def _remembered(run_id: str) -> list[Path]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        click.secho(f"warning: {path} is left out: {' '.join(str(error).split())}", fg="yellow", err=True)
         return {}
     return content
 

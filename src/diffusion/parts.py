@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,9 +35,11 @@ class Parts:
         """Every part that is whole, in order; a damaged one is left out, and so drawn again."""
         names = [re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in self.folder.glob("*.npz")]
         for first, end in sorted((int(name[1]), int(name[2])) for name in names if name):
+            path = self._path(range(first, end))
             try:
-                (images,) = read_npz(self._path(range(first, end)), "images")
-            except UNREADABLE:
+                (images,) = read_npz(path, "images")
+            except UNREADABLE as error:
+                print(f"sample: {path} is damaged ({error}) and drawn again", file=sys.stderr)
                 continue
             if len(images) == end - first:
                 yield range(first, end), images

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import sys
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +65,9 @@ def git_tags() -> dict[str, str]:
 def _git(*arguments: str) -> str | None:
     try:
         run = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.CalledProcessError):  # no Git, or none here
+        return None
+    except subprocess.TimeoutExpired as error:
+        print(f"warning: {error}: the commit is not recorded", file=sys.stderr)
         return None
     return run.stdout.strip()

@@ -9,7 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,10 @@ def _open(
 
 
 def _remember(memory: Path, run_id: str) -> None:
-    with suppress(OSError):  # a full disk has been told of by the journal
+    try:
         memory.write_text(run_id + "\n")
+    except OSError as error:
+        warn(f"{memory} cannot be written ({error.strerror}): if this is resumed, it opens another MLflow run")
 
 
 def sync(path: Path, client: Any) -> str:
