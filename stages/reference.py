@@ -1,8 +1,8 @@
 import click
 
-from diffusion import evaluation
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
+from diffusion.reference import write_references
 from stages import stage
 
 
@@ -13,7 +13,7 @@ def main(params: Params) -> None:
         arguments = ["--params", str(click.get_current_context().params["params"])]
         launch(params.evaluate.processes, "stages.reference", arguments)
     else:
-        evaluation.write_references(params)
+        write_references(params)
 
 
 if __name__ == "__main__":

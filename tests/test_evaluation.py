@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import evaluation, features, paths
+from diffusion import extraction, extractors, features, paths
 from diffusion.config import Params
 from diffusion.distributed import World
 from diffusion.errors import UserError
-from diffusion.evaluation import Reference, evaluate, load_samples, make_reference, moments_of, write_references
+from diffusion.evaluation import evaluate
+from diffusion.extraction import moments_of
+from diffusion.image_files import load_samples
+from diffusion.reference import Reference, make_reference, write_references
 
 CPU = torch.device("cpu")
 
@@ -48,7 +51,10 @@ def test_moments_of_shares_are_those_of_one_process(size: int) -> None:
     images = pictures(45)
     extractor = features.EfficientNetLite0()
     whole = moments_of(images[:45], extractor, 7, CPU, "test")
-    shares = [evaluation._moments(images, extractor, 7, CPU, "test", World(rank, size, rank)) for rank in range(size)]
+    shares = []
+    for rank in range(size):
+        (share, _), _ = extraction._share(images, extractor, 7, CPU, "test", World(rank, size, rank))
+        shares.append(share)
     assert sum(share.count for share in shares) == 45
     for other in shares[1:]:
         shares[0].merge(other)
@@ -77,7 +83,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     absent = partial(features.find_inception_weights, folder=tmp_path / "weights", url="http://127.0.0.1:9/")
-    monkeypatch.setattr(evaluation, "find_inception_weights", absent)
+    monkeypatch.setattr(extractors, "find_inception_weights", absent)
     paths.IMAGES.mkdir(parents=True)
     paths.SAMPLES.mkdir()
     np.save(paths.TRAIN_IMAGES, pictures(30))
@@ -100,14 +106,14 @@ def test_grey_images_are_scored_as_rgb_and_alpha_is_ignored(tiny, workspace: Pat
     np.save(paths.TRAIN_IMAGES, grey[0])
     np.savez(paths.SAMPLES_NPZ, images=grey[1])
     write_references(tiny())
-    expected = evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0"]
+    expected = evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0_25"]
     alpha = [np.concatenate([images, images[..., ::-1]], axis=-1)[..., :channels] for images in (real, made)]
     if channels < 3:
         alpha = [images[..., [0, 1][:channels]] for images in (real, made)]
     np.save(paths.TRAIN_IMAGES, alpha[0])
     np.savez(paths.SAMPLES_NPZ, images=alpha[1])
     write_references(tiny())
-    assert evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0"] == expected
+    assert evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0_25"] == expected
 
 
 def with_inception(params: Params, choice: str) -> Params:
@@ -128,10 +134,10 @@ def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
     covs = [np.cov(r, rowvar=False) for r in rows]
     root = sqrtm(covs[0] @ covs[1] + 1e-12 * np.eye(1280)).real
     expected = ((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
-    assert result["fd_lite0"] == pytest.approx(expected, rel=0.01)
-    assert "fid" not in result
-    (about,) = result["about"]
-    assert about["metric"] == "fd_lite0"
+    assert result["fd_lite0_25"] == pytest.approx(expected, rel=0.01)
+    assert not any(name.startswith(("fid", "kid")) for name in result)
+    about = result["about"][0]
+    assert about["metric"] == "fd_lite0_25"
     assert (about["samples"], about["reference"]["images"], about["reference"]["split"]) == (25, 20, "train")
     assert about["sampler"] == "ddim"
     json.dumps(result)
@@ -141,7 +147,7 @@ def test_equal_sets_have_no_distance(tiny, workspace: Path) -> None:
     params = tiny(**{"evaluate.reference_images": 30})
     write_references(params)
     np.savez(paths.SAMPLES_NPZ, images=pictures(30))
-    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0"] == pytest.approx(0.0, abs=1e-3)
+    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0_30"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_auto_without_weights_says_so_loudly_and_goes_on(
@@ -173,7 +179,7 @@ class SmallInception(features.Inception):
 
     dim = 12
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path, precision: str = "fp32") -> None:
         torch.nn.Module.__init__(self)
         self.weights_sha256 = features.sha256(weights)
 
@@ -186,14 +192,17 @@ class SmallLite0(Colours):
 
     metric = "fd_lite0"
 
+    def __init__(self, precision: str = "fp32") -> None:
+        super().__init__()
+
 
 @pytest.fixture
 def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights of the user's own."""
-    monkeypatch.setattr(evaluation, "Inception", SmallInception)
-    monkeypatch.setattr(evaluation, "EfficientNetLite0", SmallLite0)
+    monkeypatch.setattr(extractors, "Inception", SmallInception)
+    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
-    monkeypatch.setattr(evaluation, "find_inception_weights", lambda config: workspace / "mine.pth")
+    monkeypatch.setattr(extractors, "find_inception_weights", lambda config: workspace / "mine.pth")
     return workspace / "mine.pth"
 
 
@@ -210,9 +219,9 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
     theirs.set_dtype(torch.float64)
     theirs.update(torch.from_numpy(pictures(30)[:20]).permute(0, 3, 1, 2), real=True)
     theirs.update(torch.from_numpy(pictures(25, 1)[:20]).permute(0, 3, 1, 2), real=False)
-    assert result["fid"] == pytest.approx(float(theirs.compute()), rel=1e-4)
-    assert set(result) == {"fd_lite0", "fid", "about"}
-    assert (result["about"][1]["samples"], result["about"][1]["weights"]) == (20, "ema")
+    assert result["fid20_train"] == pytest.approx(float(theirs.compute()), rel=1e-4)
+
+    assert [(a["samples"], a["weights"]) for a in result["about"] if a["metric"] == "fid20_train"] == [(20, "ema")]
 
     with_weights.write_text("other weights")
     with pytest.raises(UserError, match="weights_sha256"):
@@ -223,10 +232,10 @@ def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path
     params = tiny(**{"evaluate.inception": "require", "evaluate.inception_images": 20})
     write_references(params)
     off = with_inception(params, "off")
-    assert "fid" not in evaluate(off, paths.SAMPLES_NPZ, {})
+    assert "fid20_train" not in evaluate(off, paths.SAMPLES_NPZ, {})
     write_references(off)
     assert not (paths.REFERENCE / "fid.npz").exists()
-    assert "fid" not in evaluate(with_inception(params, "auto"), paths.SAMPLES_NPZ, {})
+    assert "fid20_train" not in evaluate(with_inception(params, "auto"), paths.SAMPLES_NPZ, {})
     with pytest.raises(UserError, match=r"fid\.npz"):
         evaluate(params, paths.SAMPLES_NPZ, {})
 

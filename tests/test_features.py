@@ -205,11 +205,14 @@ def test_the_networks_run_without_tf32(which: str, weights: Path, monkeypatch: p
     extractor = EfficientNetLite0() if which == "lite0" else Inception(weights)
     seen = []
 
-    def look(*_: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+    def look(*_: torch.Tensor) -> torch.Tensor:
         seen.append(torch.backends.cudnn.allow_tf32)
         return torch.zeros(1, 1, 1, 1)
 
-    monkeypatch.setattr(extractor.net, "extract_features" if which == "lite0" else "forward", look)
+    if isinstance(extractor, EfficientNetLite0):
+        monkeypatch.setattr(extractor.net, "extract_features", look)
+    else:
+        monkeypatch.setattr(extractor.layers, "forward", look)
     before = torch.backends.cudnn.allow_tf32
     extractor(images(1))
     assert seen == [False]

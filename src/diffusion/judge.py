@@ -8,6 +8,7 @@ from diffusion.config import Params, flat
 from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.journal import NullTracker, Tracker
+from diffusion.metrics.names import shown
 
 
 def judge(params: Params) -> None:
@@ -35,7 +36,7 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
     scores = {name: value for name, value in result.items() if name != "about"}
     tracker.metrics({f"evaluate/{name}": value for name, value in scores.items()}, step)
     tracker.artifact(paths.EVALUATE_METRICS)
-    print("  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    print("  ".join(f"{name} {shown(value)}" for name, value in scores.items()))
 
 
 def _read_card() -> dict[str, Any]:
