@@ -14,6 +14,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation import evaluate
 from diffusion.extraction import moments_of
 from diffusion.image_files import load_samples
+from diffusion.metrics import frechet_distance
 from diffusion.reference import Reference, make_reference, write_references
 
 CPU = torch.device("cpu")
@@ -251,6 +252,89 @@ def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) 
         evaluate(params, paths.SAMPLES_NPZ, {})
 
 
+def test_few_samples_are_offered_kid(tiny, with_weights: Path) -> None:
+    """FID of them is an error that says so, and what it proposes works."""
+    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    with pytest.raises(UserError, match=r"evaluate\.measures without frechet \(KID, kid"):
+        write_references(tiny(**few))
+    params = tiny(**few, **{"evaluate.measures": ["kid"]})
+    write_references(params)
+    np.savez(paths.SAMPLES_NPZ, images=pictures(11, 1))
+    result = evaluate(params, paths.SAMPLES_NPZ, {})
+    assert set(result) == {"kd_lite0_11", "kd_lite0_11_std", "kid11_train", "kid11_train_std", "about"}
+
+
+def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
+    """25 samples in three blocks of 8: one is in none of them; FID judges 3 x 20, or what there is."""
+    params = tiny(
+        **{
+            "evaluate.inception": "require",
+            "evaluate.inception_images": 20,
+            "evaluate.repeats": 2,
+            "evaluate.measures": ["frechet"],
+        }
+    )
+    write_references(params)
+    result = evaluate(params, paths.SAMPLES_NPZ, {})
+    made = pictures(25, 1)
+    reference = Reference.load(paths.REFERENCE / "fid.npz", {})
+    distances = []
+    for block in (made[:12], made[12:24]):
+        found = moments_of(block, SmallInception(with_weights), 5, CPU, "test")
+        distances.append(frechet_distance(found.mean, found.cov, reference.mean, reference.cov))
+    assert result["fid2x12_train_mean"] == pytest.approx(np.mean(distances))
+    assert result["fid2x12_train_std"] == pytest.approx(np.std(distances, ddof=1))
+    assert result["fid2x12_train_min"] == pytest.approx(min(distances))
+    whole = moments_of(made, SmallInception(with_weights), 5, CPU, "test")
+    expected = frechet_distance(whole.mean, whole.cov, reference.mean, reference.cov)
+    assert result["fid25_train"] == pytest.approx(expected)
+    with pytest.raises(UserError, match=r"there are 8 in each of evaluate\.repeats = 3 blocks"):
+        evaluate(
+            dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, repeats=3)), paths.SAMPLES_NPZ, {}
+        )
+
+
+def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path) -> None:
+    """KID, precision and recall, copies: the functions themselves on features that were computed in one go."""
+    from diffusion.metrics.neighbours import copies, kid, precision_recall
+
+    params = tiny(**{"evaluate.kept_features": 18, "evaluate.reference_images": 30})
+    write_references(params)
+    made = np.concatenate([pictures(30)[4:5], pictures(24, 1)])  # the first is a training image
+    np.savez(paths.SAMPLES_NPZ, images=made)
+    result = evaluate(params, paths.SAMPLES_NPZ, {"sampler": "ddim"})
+    extractor = features.EfficientNetLite0()
+    a, b = (extractor(torch.from_numpy(x[:18]).permute(0, 3, 1, 2)) for x in (made, pictures(30)))
+    assert result["kd_lite0_18"] == pytest.approx(kid(a, b)["mean"], rel=1e-3)
+    assert (result["precision_lite0_18"], result["recall_lite0_18"]) == precision_recall(a, b)
+    assert result["copies_lite0_18"] == copies(a, b).share == 1 / 18
+    details = {entry["measure"]: entry for entry in result["about"]}
+    assert details["copies"]["pairs"][0][:2] == [0, 4]
+    assert details["copies"]["pairs"][0][2] == pytest.approx(0, abs=1e-3)
+    for entry in details.values():
+        assert entry["reference"]["extractor"]["implementation"].startswith("efficientnet-lite-pytorch ")
+        assert (entry["reference"]["split"], entry["reference"]["images"], entry["sampler"]) == ("train", 30, "ddim")
+        assert torch.__version__.startswith(entry["versions"]["torch"].split("+")[0])
+    assert details["frechet"]["samples"] == 25
+    other = tiny(**{"evaluate.kept_features": 17, "evaluate.reference_images": 30})
+    with pytest.raises(UserError, match="kept was 18, is 17"):
+        evaluate(other, paths.SAMPLES_NPZ, {})
+
+
+def test_copies_are_looked_for_among_training_images_alone(tiny, workspace: Path) -> None:
+    np.save(paths.TEST_IMAGES, pictures(30, 2))
+    params = tiny(**{"evaluate.reference_split": "test", "evaluate.measures": ["copies", "precision_recall"]})
+    write_references(params)
+    assert set(evaluate(params, paths.SAMPLES_NPZ, {})) == {"precision_lite0_20", "recall_lite0_20", "about"}
+
+
+def test_a_reference_of_other_code_is_not_used(tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_references(tiny())
+    monkeypatch.setattr(features, "feature_code", lambda: "of another version")
+    with pytest.raises(UserError, match=r"code was \w+, is of another version"):
+        evaluate(tiny(), paths.SAMPLES_NPZ, {})
+
+
 def test_off_is_silent(tiny, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_references(with_inception(tiny(), "off"))
     assert "FID" not in capsys.readouterr().err
@@ -265,17 +349,40 @@ def test_too_many_reference_images_are_refused(tiny, workspace: Path) -> None:
     "array",
     [
         pictures(5).astype(np.float32) / 255,
+        np.full((5, 8, 8, 3), np.nan, np.float32),
+        np.full((5, 8, 8, 3), 300.0),
         pictures(5).transpose(0, 3, 1, 2),
         pictures(5)[..., 0],
         pictures(5)[:1],
         pictures(5).astype(np.int64),
         np.zeros((), np.uint8),
     ],
-    ids=["float", "nchw", "gray", "one", "int64", "scalar"],
+    ids=["float", "nan", "range", "nchw", "gray", "one", "int64", "scalar"],
 )
 def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "s.npz", images=array)
-    with pytest.raises(UserError, match="uint8 images"):
+    with pytest.raises(UserError, match="uint8 images") as caught:
+        load_samples(tmp_path / "s.npz")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_samples_are_read_as_they_were_written(tmp_path: Path, save) -> None:
+    save(tmp_path / "s.npz", labels=np.arange(5), images=pictures(5), more=np.zeros(3))
+    found = load_samples(tmp_path / "s.npz")
+    np.testing.assert_array_equal(found, pictures(5))
+    assert (extraction.releases(found) is not None) == (save is np.savez)  # mapped if nothing is compressed
+    if release := extraction.releases(found[1:]):
+        release()
+    np.testing.assert_array_equal(found[1:], pictures(5)[1:])
+
+
+def test_a_flipped_bit_of_the_samples_is_found(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", images=pictures(5))
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "s.npz").write_bytes(content)
+    with pytest.raises(UserError, match="CRC"):
         load_samples(tmp_path / "s.npz")
 
 

@@ -208,13 +208,13 @@ def resize_as_tensorflow1(images: Tensor, size: int) -> Tensor:
 @cache
 def _weights_of_resize(before: int, after: int, device: torch.device) -> Tensor:
     """float32 (after, before): one output pixel a row."""
-    place = torch.arange(after, dtype=torch.float64) * (before / after)
+    place = torch.arange(after, dtype=torch.float32) * (before / after)  # float32 and rounded, as TensorFlow does
     low = place.floor().long()
     share, row = place - low, torch.arange(after)
-    weights = torch.zeros(after, before, dtype=torch.float64)
+    weights = torch.zeros(after, before)
     weights[row, low] += 1 - share
     weights[row, (low + 1).clamp(max=before - 1)] += share
-    return weights.float().to(device)
+    return weights.to(device)
 
 
 LAYERS = (
