@@ -23,6 +23,7 @@ from diffusion.data import Dataset
 from diffusion.export import load_model, save_model
 from diffusion.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics.names import metric_name
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import resolve_precision
 from diffusion.schedules import configured_schedule
@@ -277,12 +278,12 @@ def _score(part: Part, task: Task, extractor: Extractor, drawn: np.ndarray, refe
     value = frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
     real = f"train[:{reference.count}]"
     about = {"value": value, "samples": found.count, "reference": real, "extractor": extractor.describe()}
-    part.keep(scores={**part.entry["scores"], f"{name}_{found.count}": about})
+    part.keep(scores={**part.entry["scores"], metric_name("frechet", name, found.count, "train"): about})
     part.say(f"{name} of {found.count} images against {real}: {value:.3f}")
 
 
 def _moments(images: np.ndarray, extractor: Extractor, batch_size: int, device: torch.device) -> Moments:
-    """Moments of the features of uint8 (N, H, W, 3) images (evaluation.moments_of imports click)."""
+    """Moments of the features of uint8 (N, H, W, 3) images (extraction.moments_of shares the work of processes)."""
     extractor.to(device)
     moments = Moments(extractor.dim)
     for start in range(0, len(images), batch_size):

@@ -18,10 +18,11 @@ from machine import report
 from diffusion import images, sampling
 from diffusion.config import Params, load, trained
 from diffusion.data import Dataset, real_images
-from diffusion.evaluation import make_reference, moments_of
+from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
+from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training import Trainer, train
 

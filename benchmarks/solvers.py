@@ -20,11 +20,12 @@ from machine import RESULTS, report
 from diffusion import diagrams, figures, paths, sampling
 from diffusion.config import Params, SampleConfig, load, trained_from_dict
 from diffusion.data import real_images
-from diffusion.evaluation import make_reference, moments_of
 from diffusion.export import load_denoiser, read_card
+from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
+from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.samplers import evaluations
 

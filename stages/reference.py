@@ -1,6 +1,6 @@
-from diffusion import evaluation
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
+from diffusion.reference import write_references
 from stages import arguments, stage
 
 
@@ -10,7 +10,7 @@ def main(params: Params) -> None:
     if params.evaluate.processes > 1 and not is_worker():
         launch(params.evaluate.processes, "stages.reference", arguments())
     else:
-        evaluation.write_references(params)
+        write_references(params)
 
 
 if __name__ == "__main__":

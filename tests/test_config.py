@@ -58,6 +58,10 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
         ({"data.sources": []}, ["data.sources"]),
         ({"tune.lr": [1e-2, 1e-4]}, ["tune.lr"]),
+        ({"evaluate.measures": []}, ["evaluate.measures", "frechet"]),
+        ({"evaluate.measures": ["fid"]}, ["evaluate.measures", "precision_recall"]),
+        ({"evaluate.precision": "auto"}, ["evaluate.precision", "fp32, bf16"]),
+        ({"evaluate.repeats": 0}, ["evaluate.repeats = 0", "from 1"]),
     ],
     ids=str,
 )

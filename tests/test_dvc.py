@@ -113,9 +113,9 @@ def test_what_runs_again(project: Project) -> None:
 @pytest.mark.xdist_group("dvc")
 def test_metrics_plots_and_experiments(project: Project) -> None:
     shown = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
-    assert shown["metrics/evaluate.json"]["data"]["fd_lite0"] > 0
+    assert shown["metrics/evaluate.json"]["data"]["fd_lite0_14"] > 0
     assert shown["metrics/train.json"]["data"]["images_seen"] == 16
-    assert "fd_lite0" in project.dvc("metrics", "diff", "HEAD")
+    assert "fd_lite0_14" in project.dvc("metrics", "diff", "HEAD")
 
     project.dvc("plots", "show", "--out", "pages")
     page = (project.folder / "pages/index.html").read_text()

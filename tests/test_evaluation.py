@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import evaluation, features, paths
+from diffusion import extraction, extractors, features, paths
 from diffusion.config import Params
 from diffusion.distributed import World
 from diffusion.errors import UserError
-from diffusion.evaluation import Reference, evaluate, load_samples, make_reference, moments_of, write_references
+from diffusion.evaluation import evaluate
+from diffusion.extraction import moments_of
+from diffusion.image_files import load_samples
+from diffusion.metrics import frechet_distance
+from diffusion.reference import Reference, make_reference, write_references
 
 CPU = torch.device("cpu")
 
@@ -48,7 +52,10 @@ def test_moments_of_shares_are_those_of_one_process(size: int) -> None:
     images = pictures(45)
     extractor = features.EfficientNetLite0()
     whole = moments_of(images[:45], extractor, 7, CPU, "test")
-    shares = [evaluation._moments(images, extractor, 7, CPU, "test", World(rank, size, rank)) for rank in range(size)]
+    shares = []
+    for rank in range(size):
+        (share, _), _ = extraction._share(images, extractor, 7, CPU, "test", World(rank, size, rank))
+        shares.append(share)
     assert sum(share.count for share in shares) == 45
     for other in shares[1:]:
         shares[0].merge(other)
@@ -77,7 +84,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     absent = partial(features.find_inception_weights, folder=tmp_path / "weights", url="http://127.0.0.1:9/")
-    monkeypatch.setattr(evaluation, "find_inception_weights", absent)
+    monkeypatch.setattr(extractors, "find_inception_weights", absent)
     paths.IMAGES.mkdir(parents=True)
     paths.SAMPLES.mkdir()
     np.save(paths.TRAIN_IMAGES, pictures(30))
@@ -100,14 +107,14 @@ def test_grey_images_are_scored_as_rgb_and_alpha_is_ignored(tiny, workspace: Pat
     np.save(paths.TRAIN_IMAGES, grey[0])
     np.savez(paths.SAMPLES_NPZ, images=grey[1])
     write_references(tiny())
-    expected = evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0"]
+    expected = evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0_25"]
     alpha = [np.concatenate([images, images[..., ::-1]], axis=-1)[..., :channels] for images in (real, made)]
     if channels < 3:
         alpha = [images[..., [0, 1][:channels]] for images in (real, made)]
     np.save(paths.TRAIN_IMAGES, alpha[0])
     np.savez(paths.SAMPLES_NPZ, images=alpha[1])
     write_references(tiny())
-    assert evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0"] == expected
+    assert evaluate(tiny(), paths.SAMPLES_NPZ, {})["fd_lite0_25"] == expected
 
 
 def with_inception(params: Params, choice: str) -> Params:
@@ -128,10 +135,10 @@ def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
     covs = [np.cov(r, rowvar=False) for r in rows]
     root = sqrtm(covs[0] @ covs[1] + 1e-12 * np.eye(1280)).real
     expected = ((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
-    assert result["fd_lite0"] == pytest.approx(expected, rel=0.01)
-    assert "fid" not in result
-    (about,) = result["about"]
-    assert about["metric"] == "fd_lite0"
+    assert result["fd_lite0_25"] == pytest.approx(expected, rel=0.01)
+    assert not any(name.startswith(("fid", "kid")) for name in result)
+    about = result["about"][0]
+    assert about["metric"] == "fd_lite0_25"
     assert (about["samples"], about["reference"]["images"], about["reference"]["split"]) == (25, 20, "train")
     assert about["sampler"] == "ddim"
     json.dumps(result)
@@ -141,7 +148,7 @@ def test_equal_sets_have_no_distance(tiny, workspace: Path) -> None:
     params = tiny(**{"evaluate.reference_images": 30})
     write_references(params)
     np.savez(paths.SAMPLES_NPZ, images=pictures(30))
-    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0"] == pytest.approx(0.0, abs=1e-3)
+    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0_30"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_auto_without_weights_says_so_loudly_and_goes_on(
@@ -173,7 +180,7 @@ class SmallInception(features.Inception):
 
     dim = 12
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, weights: Path, precision: str = "fp32") -> None:
         torch.nn.Module.__init__(self)
         self.weights_sha256 = features.sha256(weights)
 
@@ -186,14 +193,17 @@ class SmallLite0(Colours):
 
     metric = "fd_lite0"
 
+    def __init__(self, precision: str = "fp32") -> None:
+        super().__init__()
+
 
 @pytest.fixture
 def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights of the user's own."""
-    monkeypatch.setattr(evaluation, "Inception", SmallInception)
-    monkeypatch.setattr(evaluation, "EfficientNetLite0", SmallLite0)
+    monkeypatch.setattr(extractors, "Inception", SmallInception)
+    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
-    monkeypatch.setattr(evaluation, "find_inception_weights", lambda config: workspace / "mine.pth")
+    monkeypatch.setattr(extractors, "find_inception_weights", lambda config: workspace / "mine.pth")
     return workspace / "mine.pth"
 
 
@@ -210,9 +220,9 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
     theirs.set_dtype(torch.float64)
     theirs.update(torch.from_numpy(pictures(30)[:20]).permute(0, 3, 1, 2), real=True)
     theirs.update(torch.from_numpy(pictures(25, 1)[:20]).permute(0, 3, 1, 2), real=False)
-    assert result["fid"] == pytest.approx(float(theirs.compute()), rel=1e-4)
-    assert set(result) == {"fd_lite0", "fid", "about"}
-    assert (result["about"][1]["samples"], result["about"][1]["weights"]) == (20, "ema")
+    assert result["fid20_train"] == pytest.approx(float(theirs.compute()), rel=1e-4)
+
+    assert [(a["samples"], a["weights"]) for a in result["about"] if a["metric"] == "fid20_train"] == [(20, "ema")]
 
     with_weights.write_text("other weights")
     with pytest.raises(UserError, match="weights_sha256"):
@@ -223,10 +233,10 @@ def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path
     params = tiny(**{"evaluate.inception": "require", "evaluate.inception_images": 20})
     write_references(params)
     off = with_inception(params, "off")
-    assert "fid" not in evaluate(off, paths.SAMPLES_NPZ, {})
+    assert "fid20_train" not in evaluate(off, paths.SAMPLES_NPZ, {})
     write_references(off)
     assert not (paths.REFERENCE / "fid.npz").exists()
-    assert "fid" not in evaluate(with_inception(params, "auto"), paths.SAMPLES_NPZ, {})
+    assert "fid20_train" not in evaluate(with_inception(params, "auto"), paths.SAMPLES_NPZ, {})
     with pytest.raises(UserError, match=r"fid\.npz"):
         evaluate(params, paths.SAMPLES_NPZ, {})
 
@@ -240,6 +250,89 @@ def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) 
     np.savez(paths.SAMPLES_NPZ, images=pictures(11))
     with pytest.raises(UserError, match=r"sample\.num_images"):
         evaluate(params, paths.SAMPLES_NPZ, {})
+
+
+def test_few_samples_are_offered_kid(tiny, with_weights: Path) -> None:
+    """FID of them is an error that says so, and what it proposes works."""
+    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    with pytest.raises(UserError, match=r"evaluate\.measures without frechet \(KID, kid"):
+        write_references(tiny(**few))
+    params = tiny(**few, **{"evaluate.measures": ["kid"]})
+    write_references(params)
+    np.savez(paths.SAMPLES_NPZ, images=pictures(11, 1))
+    result = evaluate(params, paths.SAMPLES_NPZ, {})
+    assert set(result) == {"kd_lite0_11", "kd_lite0_11_std", "kid11_train", "kid11_train_std", "about"}
+
+
+def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
+    """25 samples in three blocks of 8: one is in none of them; FID judges 3 x 20, or what there is."""
+    params = tiny(
+        **{
+            "evaluate.inception": "require",
+            "evaluate.inception_images": 20,
+            "evaluate.repeats": 2,
+            "evaluate.measures": ["frechet"],
+        }
+    )
+    write_references(params)
+    result = evaluate(params, paths.SAMPLES_NPZ, {})
+    made = pictures(25, 1)
+    reference = Reference.load(paths.REFERENCE / "fid.npz", {})
+    distances = []
+    for block in (made[:12], made[12:24]):
+        found = moments_of(block, SmallInception(with_weights), 5, CPU, "test")
+        distances.append(frechet_distance(found.mean, found.cov, reference.mean, reference.cov))
+    assert result["fid2x12_train_mean"] == pytest.approx(np.mean(distances))
+    assert result["fid2x12_train_std"] == pytest.approx(np.std(distances, ddof=1))
+    assert result["fid2x12_train_min"] == pytest.approx(min(distances))
+    whole = moments_of(made, SmallInception(with_weights), 5, CPU, "test")
+    expected = frechet_distance(whole.mean, whole.cov, reference.mean, reference.cov)
+    assert result["fid25_train"] == pytest.approx(expected)
+    with pytest.raises(UserError, match=r"there are 8 in each of evaluate\.repeats = 3 blocks"):
+        evaluate(
+            dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, repeats=3)), paths.SAMPLES_NPZ, {}
+        )
+
+
+def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path) -> None:
+    """KID, precision and recall, copies: the functions themselves on features that were computed in one go."""
+    from diffusion.metrics.neighbours import copies, kid, precision_recall
+
+    params = tiny(**{"evaluate.kept_features": 18, "evaluate.reference_images": 30})
+    write_references(params)
+    made = np.concatenate([pictures(30)[4:5], pictures(24, 1)])  # the first is a training image
+    np.savez(paths.SAMPLES_NPZ, images=made)
+    result = evaluate(params, paths.SAMPLES_NPZ, {"sampler": "ddim"})
+    extractor = features.EfficientNetLite0()
+    a, b = (extractor(torch.from_numpy(x[:18]).permute(0, 3, 1, 2)) for x in (made, pictures(30)))
+    assert result["kd_lite0_18"] == pytest.approx(kid(a, b)["mean"], rel=1e-3)
+    assert (result["precision_lite0_18"], result["recall_lite0_18"]) == precision_recall(a, b)
+    assert result["copies_lite0_18"] == copies(a, b).share == 1 / 18
+    details = {entry["measure"]: entry for entry in result["about"]}
+    assert details["copies"]["pairs"][0][:2] == [0, 4]
+    assert details["copies"]["pairs"][0][2] == pytest.approx(0, abs=1e-3)
+    for entry in details.values():
+        assert entry["reference"]["extractor"]["implementation"].startswith("efficientnet-lite-pytorch ")
+        assert (entry["reference"]["split"], entry["reference"]["images"], entry["sampler"]) == ("train", 30, "ddim")
+        assert torch.__version__.startswith(entry["versions"]["torch"].split("+")[0])
+    assert details["frechet"]["samples"] == 25
+    other = tiny(**{"evaluate.kept_features": 17, "evaluate.reference_images": 30})
+    with pytest.raises(UserError, match="kept was 18, is 17"):
+        evaluate(other, paths.SAMPLES_NPZ, {})
+
+
+def test_copies_are_looked_for_among_training_images_alone(tiny, workspace: Path) -> None:
+    np.save(paths.TEST_IMAGES, pictures(30, 2))
+    params = tiny(**{"evaluate.reference_split": "test", "evaluate.measures": ["copies", "precision_recall"]})
+    write_references(params)
+    assert set(evaluate(params, paths.SAMPLES_NPZ, {})) == {"precision_lite0_20", "recall_lite0_20", "about"}
+
+
+def test_a_reference_of_other_code_is_not_used(tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_references(tiny())
+    monkeypatch.setattr(features, "feature_code", lambda: "of another version")
+    with pytest.raises(UserError, match=r"code was \w+, is of another version"):
+        evaluate(tiny(), paths.SAMPLES_NPZ, {})
 
 
 def test_off_is_silent(tiny, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,17 +349,40 @@ def test_too_many_reference_images_are_refused(tiny, workspace: Path) -> None:
     "array",
     [
         pictures(5).astype(np.float32) / 255,
+        np.full((5, 8, 8, 3), np.nan, np.float32),
+        np.full((5, 8, 8, 3), 300.0),
         pictures(5).transpose(0, 3, 1, 2),
         pictures(5)[..., 0],
         pictures(5)[:1],
         pictures(5).astype(np.int64),
         np.zeros((), np.uint8),
     ],
-    ids=["float", "nchw", "gray", "one", "int64", "scalar"],
+    ids=["float", "nan", "range", "nchw", "gray", "one", "int64", "scalar"],
 )
 def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "s.npz", images=array)
-    with pytest.raises(UserError, match="uint8 images"):
+    with pytest.raises(UserError, match="uint8 images") as caught:
+        load_samples(tmp_path / "s.npz")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_samples_are_read_as_they_were_written(tmp_path: Path, save) -> None:
+    save(tmp_path / "s.npz", labels=np.arange(5), images=pictures(5), more=np.zeros(3))
+    found = load_samples(tmp_path / "s.npz")
+    np.testing.assert_array_equal(found, pictures(5))
+    assert (extraction.releases(found) is not None) == (save is np.savez)  # mapped if nothing is compressed
+    if release := extraction.releases(found[1:]):
+        release()
+    np.testing.assert_array_equal(found[1:], pictures(5)[1:])
+
+
+def test_a_flipped_bit_of_the_samples_is_found(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", images=pictures(5))
+    content = bytearray((tmp_path / "s.npz").read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "s.npz").write_bytes(content)
+    with pytest.raises(UserError, match="CRC"):
         load_samples(tmp_path / "s.npz")
 
 

@@ -12,36 +12,15 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from diffusion import features
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0, Inception, WeightsUnavailableError, find_inception_weights
-
-
-def images(count: int) -> torch.Tensor:
-    """Smooth random pictures, uint8 (N, 3, 32, 32)."""
-    coarse = torch.rand((count, 3, 5, 5), generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
-
-
-def random_weights(path: Path, seed: int = 0) -> Path:
-    """A state dict of FID's Inception whose activations neither vanish nor explode."""
-
-    class Bare(fidelity.FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: object, **__: object) -> None:
-            """Keep the random start."""
-
-    original, fidelity.torch.load = fidelity.torch.load, lambda *_, **__: {}
-    try:
-        net = Bare("inception-v3-compat", ["2048"], "none")
-    finally:
-        fidelity.torch.load = original
-    generator = torch.Generator().manual_seed(seed)
-    state = net.state_dict()
-    for key, value in state.items():
-        if key.endswith("conv.weight"):
-            value.normal_(generator=generator).mul_((2 / value[0].numel()) ** 0.5)
-        elif key.endswith("running_mean"):
-            value.normal_(0, 0.1, generator=generator)
-    torch.save(state, path)
-    return path
+from diffusion.features import (
+    EfficientNetLite0,
+    Inception,
+    WeightsUnavailableError,
+    find_inception_weights,
+    resize_as_tensorflow1,
+)
+from diffusion.metrics.selftest import pictures as images
+from diffusion.metrics.selftest import random_weights
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +46,27 @@ def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
     metrics = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
     torch.testing.assert_close(found, metrics(batch), rtol=1e-4, atol=1e-4)
     assert ours.describe()["extractor"] == "inception with other weights"
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 40), (299, 299), (512, 300)])
+def test_the_resize_is_tensorflow_1s(height: int, width: int) -> None:
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    batch = torch.randint(0, 256, (2, 3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(batch.float(), size=(299, 299), align_corners=False)
+    torch.testing.assert_close(resize_as_tensorflow1(batch, 299), theirs, rtol=0, atol=1e-3)
+
+
+def test_bf16_is_near_and_says_so(weights: Path) -> None:
+    batch = images(4)
+    for full, half in (
+        (EfficientNetLite0(), EfficientNetLite0(precision="bf16")),
+        (Inception(weights), Inception(weights, "bf16")),
+    ):
+        a, b = full(batch), half(batch)
+        assert b.dtype == torch.float32
+        assert 1e-5 < float((a - b).norm() / a.norm()) < 0.3  # another number, and the same network
+        assert {k for k, v in full.describe().items() if half.describe()[k] != v} == {"precision"}
 
 
 def test_another_weights_file_gives_other_features(weights: Path, tmp_path: Path) -> None:
@@ -205,11 +205,14 @@ def test_the_networks_run_without_tf32(which: str, weights: Path, monkeypatch: p
     extractor = EfficientNetLite0() if which == "lite0" else Inception(weights)
     seen = []
 
-    def look(*_: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+    def look(*_: torch.Tensor) -> torch.Tensor:
         seen.append(torch.backends.cudnn.allow_tf32)
         return torch.zeros(1, 1, 1, 1)
 
-    monkeypatch.setattr(extractor.net, "extract_features" if which == "lite0" else "forward", look)
+    if isinstance(extractor, EfficientNetLite0):
+        monkeypatch.setattr(extractor.net, "extract_features", look)
+    else:
+        monkeypatch.setattr(extractor.layers, "forward", look)
     before = torch.backends.cudnn.allow_tf32
     extractor(images(1))
     assert seen == [False]

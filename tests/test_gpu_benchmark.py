@@ -24,12 +24,13 @@ from torch import nn
 from diffusion import config, sampling
 from diffusion.data import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation import make_reference, moments_of
 from diffusion.export import load_model
+from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
 from diffusion.optim import learning_rate
 from diffusion.parameterization import Denoiser
+from diffusion.reference import make_reference
 from diffusion.schedules import make_schedule
 from diffusion.unet import UNet
 

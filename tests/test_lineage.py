@@ -33,7 +33,7 @@ def test_a_model_says_what_made_it_and_what_came_of_it(workspace: Path, monkeypa
     assert found["train.lr"] == "0.002"
     assert found["params.digest"] == card["origin"]["params.digest"]
     assert found["versions"].startswith("python 3")
-    assert float(found["evaluate/fd_lite0"]) == json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"]
+    assert float(found["evaluate/fd_lite0_12"]) == json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"]
     of_run = explain(card["run_id"])
     assert of_run.exit_code == 0, of_run.output
     for path in ("model/model.safetensors", "samples/grid.png", "curves/loss.csv"):

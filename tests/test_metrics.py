@@ -1,152 +1,166 @@
+"""Names, neighbour measures and the distance at infinity, against other libraries, brute force and closed forms."""
+
+import math
+
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch_fidelity.metric_prc import calculate_precision_recall_full
+from torchmetrics.image.kid import poly_mmd
 
 from diffusion.errors import UserError
-from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics import frechet_distance
+from diffusion.metrics.frechet import frechet_at_infinity
+from diffusion.metrics.names import metric_name, short, shown
+from diffusion.metrics.neighbours import COPY_QUANTILE, copies, kid, nearest, precision_recall
 
 
-def features(count: int, dim: int, seed: int, offset: float = 0.0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)) + offset
-
-
-def moments(rows: np.ndarray, batch: int) -> Moments:
-    found = Moments(rows.shape[1])
-    for start in range(0, len(rows), batch):
-        found.update(rows[start : start + batch])
-    return found
-
-
-@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_streamed_moments_are_numpys(batch: int, offset: float) -> None:
-    rows = features(300, 12, 0, offset)
-    found = moments(rows, batch)
-    assert found.count == 300
-    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.cov, np.cov(rows - offset, rowvar=False), rtol=1e-6, atol=1e-7)
-
-
-def test_merging_is_seeing_it_all() -> None:
-    rows = features(301, 5, 1, 100.0)
-    whole, first, second, empty = moments(rows, 50), moments(rows[:40], 9), moments(rows[40:], 9), Moments(5)
-    first.merge(second)
-    first.merge(empty)
-    empty.merge(first)
-    for found in (first, empty):
-        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
-        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-10)
+def rows(count: int, dim: int = 8, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)) + shift
 
 
 @pytest.mark.parametrize(
-    "rows",
-    [np.zeros((3, 4)), np.zeros(5), np.full((2, 5), np.nan), np.full((2, 5), np.inf)],
-    ids=["width", "1d", "nan", "inf"],
+    ("count", "text"),
+    [(2048, "2k"), (2000, "2000"), (50_000, "50k"), (512, "512"), (10_000, "10k"), (10_240, "10240"), (1024, "1k")],
 )
-def test_bad_features_are_refused(rows: np.ndarray) -> None:
-    with pytest.raises(UserError):
-        Moments(5).update(rows)
+def test_counts_in_names(count: int, text: str) -> None:
+    assert short(count) == text
 
 
-def test_one_image_has_no_covariance() -> None:
-    with pytest.raises(UserError, match="at least 2"):
-        _ = moments(np.zeros((1, 3)), 1).cov
-
-
-def test_diagonal_gaussians_have_a_closed_form() -> None:
-    """Commuting covariances: sum of (mu1 - mu2)^2 + (s1 - s2)^2 (Dowson & Landau 1982)."""
-    rng = np.random.default_rng(0)
-    mu1, mu2, s1, s2 = rng.normal(size=(4, 20))
-    expected = ((mu1 - mu2) ** 2 + (abs(s1) - abs(s2)) ** 2).sum()
-    assert frechet_distance(mu1, np.diag(s1**2), mu2, np.diag(s2**2)) == pytest.approx(expected, rel=1e-10)
-
-
-def test_one_dimension_by_optimal_transport() -> None:
-    """The distance is the squared 2-Wasserstein distance: in 1-D, sorted samples matched in order."""
-    rng = np.random.default_rng(0)
-    a, b = np.sort(rng.normal(1.0, 2.0, 400_000)), np.sort(rng.normal(-0.5, 0.7, 400_000))
-    found = frechet_distance(
-        *([m] if m.ndim == 0 else m for m in (np.array(1.0), np.array([[4.0]]), np.array(-0.5), np.array([[0.49]])))
-    )
-    assert found == pytest.approx(((a - b) ** 2).mean(), rel=0.01)
-
-
-@pytest.mark.parametrize("dim", [3, 64])
-def test_full_covariances_as_scipys_matrix_root(dim: int) -> None:
-    a, b = features(500, dim, 2), features(400, dim, 3, 0.5)
-    mu1, cov1, mu2, cov2 = a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False)
-    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
-    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
-
-
-def test_it_is_a_distance_that_rotations_do_not_change() -> None:
-    a, b = features(100, 30, 4), features(90, 30, 5)
-    turn = np.linalg.qr(np.random.default_rng(6).normal(size=(30, 30)))[0]
-
-    def between(x: np.ndarray, y: np.ndarray) -> float:
-        return frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
-
-    assert between(a, a) == pytest.approx(0.0, abs=1e-12 * np.trace(np.cov(a, rowvar=False)))
-    assert between(a, b) == pytest.approx(between(b, a), rel=1e-9)
-    assert between(a @ turn, b @ turn) == pytest.approx(between(a, b), rel=1e-9)
-
-
-def test_singular_covariances_are_fine() -> None:
-    """Fewer images than features."""
-    a, b = features(20, 50, 7), features(15, 50, 8)
-    cov1, cov2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = [scipy.linalg.svd((x - x.mean(0)) / np.sqrt(len(x) - 1))[1:] for x in (a, b)]
-    factors = [s[:, None] * v[: len(s)] for s, v in roots]  # cov = f.T @ f
-    nuclear = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()  # tr (cov1 cov2)^(1/2)
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * nuclear
-    assert frechet_distance(a.mean(0), cov1, b.mean(0), cov2) == pytest.approx(expected, rel=1e-12)
-
-
-def test_equal_singular_covariances_have_no_distance() -> None:
-    """Eigenvalues of the product would leave 1e-4 here: the root of rounding errors, once a missing dimension."""
-    rows = features(100, 256, 9)
-    cov = np.cov(rows, rowvar=False)
-    assert frechet_distance(rows.mean(0), cov, rows.mean(0), cov) == pytest.approx(0.0, abs=1e-12 * np.trace(cov))
+def test_different_counts_have_different_names() -> None:
+    counts = range(1, 120_000)
+    assert len({short(count) for count in counts}) == len(counts)
 
 
 @pytest.mark.parametrize(
-    "change", [{0: np.zeros(4)}, {1: np.eye(4)}, {1: np.eye(3) * np.nan}, {2: np.full(3, np.inf)}], ids=str
+    ("arguments", "name"),
+    [
+        (("frechet", "fid", 50_000, "train"), "fid50k_train"),
+        (("frechet", "fd_lite0", 2048, "train"), "fd_lite0_2k"),
+        (("kid", "fid", 2048, "test"), "kid2k_test"),
+        (("kid", "fd_lite0", 100, "train"), "kd_lite0_100"),
+        (("infinity", "fid", 50_000, "train"), "fid_inf50k_train"),
+        (("precision", "fid", 2048, "train"), "precision_inception_2k_train"),
+        (("copies", "fd_lite0", 2048, "train"), "copies_lite0_2k"),
+    ],
 )
-def test_moments_that_cannot_be_compared_are_refused(change: dict[int, np.ndarray]) -> None:
-    arguments = [np.zeros(3), np.eye(3), np.zeros(3), np.eye(3)]
-    for place, value in change.items():
-        arguments[place] = value
-    with pytest.raises(UserError):
-        frechet_distance(*arguments)
+def test_names_say_measure_space_and_count(arguments: tuple[str, str, int, str], name: str) -> None:
+    assert metric_name(*arguments) == name
 
 
-class Projection(torch.nn.Module):
-    """A stand-in extractor with features of a sane size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.matrix = torch.randn(3 * 8 * 8, 16, generator=torch.Generator().manual_seed(0)) / 100
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).float() @ self.matrix.to(images.device)
+def test_blocks_and_bf16_are_in_the_name() -> None:
+    assert metric_name("frechet", "fid", 50_000, "train", blocks=3) == "fid3x50k_train"
+    assert metric_name("frechet", "fd_lite0", 512, "train", precision="bf16", blocks=4) == "fd_lite0_4x512_bf16"
+    assert (shown(334.678), shown(0.00123456), shown(0.0)) == ("334.68", "0.00123", "0")
 
 
-def test_the_whole_distance_is_torchmetrics() -> None:
-    generator = torch.Generator().manual_seed(1)
-    real = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    fake = torch.randint(0, 200, (200, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    extractor = Projection()
-    theirs = FrechetInceptionDistance(feature=extractor, input_img_size=(3, 8, 8))
-    theirs.set_dtype(torch.float64)
-    theirs.update(real, real=True)
-    theirs.update(fake, real=False)
-    ours = [Moments(16), Moments(16)]
-    for found, images in zip(ours, (real, fake), strict=True):
-        for batch in images.split(64):
-            found.update(extractor(batch))
-    expected = float(theirs.compute())
-    assert expected > 1
-    assert frechet_distance(ours[0].mean, ours[0].cov, ours[1].mean, ours[1].cov) == pytest.approx(expected, rel=1e-4)
+def test_kid_is_torchmetrics_estimate() -> None:
+    """With as many rows as a subset has, every subset is the whole set."""
+    a, b = rows(300), rows(300, seed=1, shift=0.3)
+    found = kid(a, b)
+    assert found["mean"] == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-4)
+    assert found["std"] < 1e-6
+    assert found["subset_size"] == 300
+
+
+def test_kid_is_the_definition_and_has_no_bias() -> None:
+    """Unbiased MMD^2 of (x.y / d + 1)^3, by loops; sets of one distribution are at 0 on average, also small ones."""
+    a, b = rows(6).double().numpy(), rows(6, seed=1, shift=0.5).double().numpy()
+
+    def k(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / len(x) + 1) ** 3)
+
+    within = sum(k(x, y) for s in (a, b) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) / 30
+    across = sum(k(x, y) for x in a for y in b) / 36
+    assert kid(torch.from_numpy(a), torch.from_numpy(b))["mean"] == pytest.approx(within - 2 * across, rel=1e-9)
+    values = [kid(rows(20, seed=2 * i), rows(20, seed=2 * i + 1))["mean"] for i in range(200)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
+
+
+def test_kid_of_subsets_spreads_about_the_whole() -> None:
+    a, b = rows(1500), rows(1200, seed=1, shift=0.3)
+    found = kid(a, b)
+    assert found["std"] > 0
+    assert found["mean"] == pytest.approx(float(poly_mmd(a[:1200].double(), b.double())), rel=0.1)
+
+
+def test_precision_and_recall_by_brute_force() -> None:
+    made, real = rows(40, 3), rows(50, 3, seed=1, shift=0.7)
+
+    def covered(points: torch.Tensor, by: torch.Tensor) -> float:
+        """Share of points within some ball about a row of `by` that reaches its third neighbour."""
+        inside = 0
+        for p in points:
+            for centre in by:
+                radius = sorted(float((centre - other).norm()) for other in by)[3]  # [0] is the row itself
+                if float((p - centre).norm()) <= radius:
+                    inside += 1
+                    break
+        return inside / len(points)
+
+    precision, recall = precision_recall(made, real)
+    assert (precision, recall) == (pytest.approx(covered(made, real)), pytest.approx(covered(real, made)))
+    assert 0 < precision < 1
+    assert (precision, recall) == calculate_precision_recall_full(made, real)
+
+
+def test_precision_falls_with_strangers_and_recall_with_gaps() -> None:
+    real = rows(200, 4)
+    precision, recall = precision_recall(torch.cat([real[:100], rows(100, 4, seed=3, shift=50.0)]), real)
+    assert precision == 0.5
+    precision, recall = precision_recall(real[:1].repeat(200, 1) + rows(200, 4, seed=4) * 1e-3, real)
+    assert precision == 1
+    assert recall < 0.05
+
+
+def test_nearest_is_brute_force_and_exact() -> None:
+    a, b = rows(30, 5, shift=100.0), rows(2000, 5, seed=1, shift=100.0)
+    b[1500] = a[7]
+    distances, index = nearest(a, b)
+    by_hand = (a[:, None].double() - b[None].double()).norm(dim=2)
+    np.testing.assert_allclose(distances, by_hand.min(dim=1).values, rtol=1e-3, atol=1e-4)
+    assert (distances[7], index[7]) == (0, 1500)
+    others, which = nearest(b, b, other=True)
+    assert not (which == torch.arange(2000)).any()
+    assert others.min() > 0
+
+
+def test_fresh_samples_are_copies_as_often_as_the_quantile_says() -> None:
+    """Fewer neighbours (themselves left out) make no difference at 5,000: the share is the quantile."""
+    training = rows(5000, 4)
+    fresh = copies(rows(5000, 4, seed=1), training)
+    assert fresh.share == pytest.approx(COPY_QUANTILE, abs=3 * math.sqrt(COPY_QUANTILE / 5000))
+    few = torch.cat([rows(90, 4, seed=2, shift=30.0), training[:10] + 1e-4])
+    found = copies(few, training)
+    assert found.share == 0.1
+    assert found.nearest[90:].tolist() == list(range(10))
+    assert set(found.distances.argsort()[:10].tolist()) == set(range(90, 100))
+    between = torch.cdist(training.double(), training.double()).fill_diagonal_(torch.inf).min(dim=1).values
+    assert found.threshold == pytest.approx(float(np.quantile(between, COPY_QUANTILE)), rel=1e-5)
+
+
+def test_the_distance_at_infinity_has_less_bias() -> None:
+    """True distance of N(0, I) and N(m, I): |m|^2."""
+    dim, shift = 20, 0.5
+    samples, truth = rows(2000, dim, shift=shift).numpy(), dim * shift**2
+    finite = frechet_distance(samples[:200].mean(0), np.cov(samples[:200], rowvar=False), np.zeros(dim), np.eye(dim))
+    errors = [
+        frechet_at_infinity(rows(1000, dim, seed=s, shift=shift).numpy(), np.zeros(dim), np.eye(dim), seed=s) - truth
+        for s in range(8)
+    ]
+    whole = [
+        frechet_distance(x.mean(0), np.cov(x, rowvar=False), np.zeros(dim), np.eye(dim)) - truth
+        for x in (rows(1000, dim, seed=s, shift=shift).numpy() for s in range(8))
+    ]
+    assert finite - truth > 0.2
+    assert abs(np.mean(errors)) < abs(np.mean(whole))
+    with pytest.raises(UserError, match="at least 40 samples and there are 39"):
+        frechet_at_infinity(samples[:39], np.zeros(dim), np.eye(dim))
+
+
+@pytest.mark.parametrize("measure", [kid, precision_recall, copies])
+def test_features_that_do_not_fit_are_one_line(measure: object) -> None:
+    with pytest.raises(UserError, match="one extractor"):
+        measure(rows(10, 3), rows(10, 4))  # type: ignore[operator]
+    with pytest.raises(UserError, match="more images"):
+        measure(rows(10, 3), rows(1, 3))  # type: ignore[operator]

@@ -87,7 +87,7 @@ def test_params_are_real(stage: str) -> None:
 READS = {  # what each stage's library function reads, besides through the import closure's generic helpers
     "download": {"cifar10", "cifar10_files"},
     "prepare": {"prepare"},
-    "reference": {"evaluation"},
+    "reference": {"reference"},
     "train": {"fit"},
     "sample": {"draw"},
     "evaluate": {"evaluation", "judge"},

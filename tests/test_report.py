@@ -28,8 +28,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     paths.VAL_LOSS_CSV.write_text("step,val_loss\n10,0.4\n")
     train = {"best_val_loss": 0.4, "images_seen": 640, "images_per_second": 400.0, "train_seconds": 90, "parameters": 7}
     paths.TRAIN_METRICS.write_text(json.dumps(train))
-    about = [{"metric": "fd_lite0", "samples": 12, "reference": {"split": "<b>train</b>"}}]
-    paths.EVALUATE_METRICS.write_text(json.dumps({"fd_lite0": 432.1, "about": about}))
+    about = [{"metric": "fd_lite0_12", "measure": "frechet", "samples": 12, "reference": {"split": "<b>train</b>"}}]
+    paths.EVALUATE_METRICS.write_text(json.dumps({"fd_lite0_12": 432.1, "about": about}))
     return tmp_path
 
 

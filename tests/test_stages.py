@@ -60,7 +60,7 @@ def test_every_recipe_runs_through_every_stage(workspace: Path, recipe: str) -> 
         assert labels is None
     for i in range(12):
         np.testing.assert_array_equal(np.asarray(Image.open(paths.SAMPLES / f"png/{i:05d}.png")), samples[i])
-    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"] > 0
+    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"] > 0
     for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png", paths.REPORT / "index.html"):
         assert picture.stat().st_size > 500
 
@@ -80,7 +80,7 @@ def test_images_of_ones_own_run_through_every_stage(workspace: Path) -> None:
     picture = Image.open(paths.SAMPLES / "png/00003.png")
     assert picture.mode == "L"
     np.testing.assert_array_equal(np.asarray(picture), samples[3, ..., 0])
-    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"] > 0
+    assert json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"] > 0
 
 
 def test_curves_and_previews_are_complete(workspace: Path) -> None:
@@ -245,7 +245,7 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     assert found.data.tags["data.digest"] == json.loads(paths.DATA_CARD.read_text())["digest"]
     trained = json.loads(paths.TRAIN_METRICS.read_text())
     assert found.data.metrics["best/val_loss"] == pytest.approx(trained["best_val_loss"])
-    assert found.data.metrics["evaluate/fd_lite0"] == json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"]
+    assert found.data.metrics["evaluate/fd_lite0_12"] == json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"]
     with paths.LOSS_CSV.open() as file:
         rows = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     points = client.get_metric_history(found.info.run_id, "train/loss")
@@ -267,4 +267,4 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     assert data.dataset.digest == found.data.tags["data.digest"][:36]
     version = client.get_model_version_by_alias("test", "champion")
     assert version.run_id == found.info.run_id
-    assert float(version.tags["fd_lite0"]) == found.data.metrics["evaluate/fd_lite0"]
+    assert float(version.tags["fd_lite0_12"]) == found.data.metrics["evaluate/fd_lite0_12"]

@@ -20,11 +20,12 @@ from ruamel.yaml import YAML
 from diffusion import config, paths, training, tuning
 from diffusion.data import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation import Reference, evaluate, make_reference
+from diffusion.evaluation import evaluate
 from diffusion.export import load_model, save_model
 from diffusion.features import EfficientNetLite0
 from diffusion.parameterization import Denoiser
 from diffusion.previews import preview_config
+from diffusion.reference import Reference, make_reference
 from diffusion.runtime import resolve_device
 from diffusion.sampling import generate
 from diffusion.schedules import make_schedule
@@ -35,6 +36,9 @@ TUNE = {"tracking.enabled": False, "tune.images_per_trial": 8, "tune.sample_imag
 
 class StubExtractor:
     metric = "fd_lite0"
+
+    def __init__(self, precision: str = "fp32") -> None:
+        """In the place of EfficientNetLite0."""
 
     def describe(self) -> dict[str, str]:
         return {"name": "stub"}
@@ -255,6 +259,7 @@ def test_the_score_is_what_the_stages_would_give(
     for parameter in trainer.ema.net.parameters():
         parameter.data.mul_(0.5)  # as if training had gone on and become worse
     value = tuning.score(trainer, params, reference, extractor)
+    params = tiny(**TUNE, **{"evaluate.measures": ["frechet"]})
 
     net, card = load_model(tmp_path / "model.safetensors")  # the way of the sample and evaluate stages
     schedule = make_schedule(card.diffusion.schedule, card.diffusion.num_steps)
@@ -262,7 +267,7 @@ def test_the_score_is_what_the_stages_would_give(
     images = [batch.numpy() for batch in generate(denoiser, preview_config(card.train), card.seed, range(4), device)]
     np.savez(tmp_path / "images.npz", images=np.concatenate(images))
     reference.save(tmp_path / "fd_lite0.npz")
-    assert value == pytest.approx(evaluate(params, tmp_path / "images.npz", {}, tmp_path)["fd_lite0"], rel=1e-6)
+    assert value == pytest.approx(evaluate(params, tmp_path / "images.npz", {}, tmp_path)["fd_lite0_4"], rel=1e-6)
 
 
 def test_the_library_imports_without_optuna() -> None:

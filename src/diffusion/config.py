@@ -23,6 +23,7 @@ Schedule = Literal["linear", "cosine", "sigmoid", "edm"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+Measure = Literal["frechet", "kid", "precision_recall", "copies", "infinity"]
 Processes = Annotated[int, Range(1, 64)]
 
 
@@ -130,6 +131,10 @@ class EvaluateConfig:
     inception: Literal["auto", "require", "off"]
     inception_weights: str | None
     inception_images: Annotated[int, Range(2, 10**9)]
+    measures: tuple[Measure, ...]
+    repeats: Annotated[int, Range(1, 1000)]
+    kept_features: Annotated[int, Range(2, 10**9)]
+    precision: Literal["fp32", "bf16"]
     batch_size: Annotated[int, Range(1, 65_536)]
     processes: Processes
     device: Device

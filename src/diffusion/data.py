@@ -20,6 +20,7 @@ from diffusion.runtime import generator
 
 RESIDENT = 0.4  # of a GPU's free memory, at most, for the training images
 MPS_BYTES = 2 * 2**30  # the same on MPS, which shares the host's memory
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})  # of picture files
 READ = 64  # images read at once from a map, of which each may bring up to 2 MiB of pages into memory
 
 
@@ -112,6 +113,8 @@ def real_images(split: str) -> np.ndarray:
 def releases(images: np.ndarray) -> Callable[[], None] | None:
     """What takes the pages read so far of mapped `images` out of this process's memory; they stay in the page cache."""
     pages = images.base
+    while isinstance(pages, np.ndarray):  # images may be a part of what is mapped
+        pages = pages.base
     if not isinstance(pages, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return None
     return lambda: pages.madvise(mmap.MADV_DONTNEED)  # nothing is lost: no page was written to

@@ -143,6 +143,26 @@ def comparison(real: np.ndarray, generated: np.ndarray, scores: str, path: Path)
     save(comparison_figure(real, generated, scores), path)
 
 
+def pairs_figure(above: np.ndarray, below: np.ndarray, labels: Sequence[str], *, columns: int = 8) -> Figure:
+    """Pairs of images, uint8 (N, H, W, C) each, one above the other, with a label under each pair."""
+    scale, gap, margin, foot = pictures.zoom(above, 96), 8, 20, 30
+    height, width = (side * scale for side in above.shape[1:3])
+    rows, columns = -(-len(labels) // columns), min(columns, len(labels))
+    tall = 2 * height + foot
+    figure = pixel_figure(2 * margin + columns * (width + gap) - gap, 2 * margin + rows * tall)
+    for i, label in enumerate(labels):
+        x, bottom = margin + i % columns * (width + gap), margin + (rows - 1 - i // columns) * tall
+        pair = pictures.rgb(np.stack([above[i], below[i]]))
+        figure.figimage(pictures.grid(pair, columns=1, gap=0, scale=scale), x, bottom + foot)
+        write_text(figure, x + width / 2, bottom + foot - 18, label, 13, ha="center", color=FAINT)
+    return figure
+
+
+def pairs(above: np.ndarray, below: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """Write `pairs_figure` to `path`."""
+    save(pairs_figure(above, below, labels), path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG: whole or not at all, equal bytes for equal figures."""
     canvas = FigureCanvasAgg(figure)

@@ -10,6 +10,7 @@ from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.export import read_card
 from diffusion.journal import JOURNAL, NullTracker, Tracker
+from diffusion.metrics.names import shown
 
 
 def judge(params: Params) -> None:
@@ -39,7 +40,7 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
     scores = {name: value for name, value in result.items() if name != "about"}
     tracker.metrics({f"evaluate/{name}": value for name, value in scores.items()}, step)
     tracker.artifact(paths.EVALUATE_METRICS)
-    print("  ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    print("  ".join(f"{name} {shown(value)}" for name, value in scores.items()))
 
 
 def _register(name: str, sample: dict[str, Any], result: dict[str, Any], tracker: Tracker) -> None:
@@ -47,6 +48,7 @@ def _register(name: str, sample: dict[str, Any], result: dict[str, Any], tracker
     scores = [
         {"metric": about["metric"], "value": result[about["metric"]], "of": _conditions(about)}
         for about in result["about"]
+        if about["measure"] == "frechet"
     ]
     tracker.model(paths.MODEL, registry.described(name, paths.MODEL, read_card(paths.MODEL), sample, scores))
 

@@ -26,7 +26,6 @@ from diffusion.journal import warn
 from diffusion.mlflow_store import connect, is_server
 
 LIBRARY = Path(__file__).parent
-DECIDING = ("fid", "fd_lite0")  # the first that both have decides
 PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tqdm")
 
 
@@ -40,7 +39,7 @@ def described(
 ) -> dict[str, Any]:
     """What `register` has to know, in JSON types. `sample`: the sample section that the images were drawn with.
 
-    `scores`: {"metric": one of DECIDING, "value": lower is better, "of": a text that equal conditions share}.
+    `scores`: {"metric": its name, "value": lower is better, "of": a text that equal conditions share}.
     """
     digest = _digest(weights)
     way = {key: sample[key] for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")}
@@ -92,7 +91,7 @@ def _challenge(client: Any, name: str, candidate: Any) -> None:
         client.set_registered_model_alias(name, "champion", candidate.version)
         warn(f"version {candidate.version} of model {name} is its first champion")
     elif holder.version != candidate.version:
-        metric = next((m for m in DECIDING if _comparable(m, holder.tags, candidate.tags)), None)
+        metric = next((m for m in _scores(candidate.tags) if _comparable(m, holder.tags, candidate.tags)), None)
         if metric is None:
             hint = f"if you prefer it: make promote VERSION={candidate.version}"
             warn(
@@ -106,6 +105,12 @@ def _challenge(client: Any, name: str, candidate: Any) -> None:
             warn(f"version {candidate.version} of model {name} is its champion now ({result})")
         else:
             warn(f"version {holder.version} stays the champion of model {name} ({result})")
+
+
+def _scores(tags: Mapping[str, str]) -> list[str]:
+    """The metrics that a version was scored by, those that decide first: FID before distances in other features."""
+    names = [tag.removesuffix(".of") for tag in tags if tag.endswith(".of")]
+    return sorted(names, key=lambda name: (not name.startswith("fid"), name))
 
 
 def _comparable(metric: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
@@ -220,10 +225,9 @@ def _list(client: Any, name: str) -> None:
         raise UserError(f"no model {name} is registered yet: run `dvc repro`")
     for v in versions:
         found = client.get_model_version(name, v.version)  # the search leaves aliases out
-        scores = ", ".join(
-            f"{m} {float(found.tags[m]):.2f} ({found.tags[f'{m}.of']})" for m in DECIDING if m in found.tags
-        )
-        click.echo(f"{v.version:>3}  {'/'.join(sorted(found.aliases)) or '-':<20}  {found.description}  {scores}")
+        tags, aliases = found.tags, "/".join(sorted(found.aliases)) or "-"
+        scores = ", ".join(f"{name} {float(tags[name]):.2f} ({tags[f'{name}.of']})" for name in _scores(tags))
+        click.echo(f"{v.version:>3}  {aliases:<20}  {found.description}  {scores}")
 
 
 if __name__ == "__main__":

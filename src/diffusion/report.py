@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from diffusion import diagrams, figures, paths, sampling, tracking
 from diffusion.config import Params
 from diffusion.data import real_images
 from diffusion.errors import UserError
-from diffusion.evaluation import load_samples
+from diffusion.image_files import load_samples
 from diffusion.journal import JOURNAL
+from diffusion.metrics.names import shown
 from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
@@ -81,7 +83,8 @@ def report(params: Params) -> None:
     scores = {name: value for name, value in evaluated.items() if name != "about"}
     real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
     folder, diffusion = paths.REPORT, params.diffusion
-    comparison = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
+    distances = {about["metric"] for about in evaluated["about"] if about.get("measure") == "frechet"}
+    comparison = ", ".join(f"{name} {shown(scores[name])}" for name in sorted(distances & scores.keys()))
     schedule = configured_schedule(diffusion)
     figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
     figures.schedules(diffusion.num_steps, folder / "schedules.png", used=diffusion.schedule)
@@ -91,6 +94,7 @@ def report(params: Params) -> None:
     figures.comparison(real, generated, comparison, folder / "real_and_generated.png")
     pictures = {
         "Real and generated": folder / "real_and_generated.png",
+        **_copies(evaluated["about"], real, generated),
         "From noise to image": paths.SAMPLES / "denoising.png",
         **_of_classes(),
         "Loss": folder / "loss.png",
@@ -115,6 +119,19 @@ def report(params: Params) -> None:
             tracker.artifact(path, "report")
 
 
+def _copies(about: list[dict[str, Any]], real: np.ndarray, generated: np.ndarray) -> dict[str, Path]:
+    """The closest pairs of samples and training images, as each extractor sees them."""
+    found = {}
+    for one in about:
+        if pairs := one.get("pairs"):
+            path = paths.REPORT / f"{one['metric']}.png"
+            samples, training = (generated[[p[0] for p in pairs]], real[[p[1] for p in pairs]])
+            labels = [f"{distance:.2f}" for _, _, distance in pairs]
+            figures.pairs(samples, training, labels, path)
+            found[f"Samples above their nearest training images, {one['metric']} (below {one['threshold']:.2f})"] = path
+    return found
+
+
 def _of_classes() -> dict[str, Path]:
     """Pictures that only a conditional model has."""
     titles = {
@@ -126,7 +143,7 @@ def _of_classes() -> dict[str, Path]:
 
 def _headline(scores: dict[str, float], trained: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        *((name, f"{value:.1f}") for name, value in scores.items()),
+        *((name, shown(value)) for name, value in scores.items()),
         ("best validation loss", f"{trained['best_val_loss']:.4f}"),
         ("images seen", f"{trained['images_seen']:,}"),
         ("images per second", f"{trained['images_per_second']:,.0f}"),
@@ -139,6 +156,8 @@ def _rows(details: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Nested details as flat rows."""
     rows: list[tuple[str, Any]] = []
     for key, value in details.items():
+        if key == "pairs":  # they have a picture
+            continue
         rows += _rows(value, f"{key} ") if isinstance(value, dict) else [(prefix + key.replace("_", " "), value)]
     return rows
 

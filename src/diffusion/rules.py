@@ -71,6 +71,8 @@ def _rest(params: "Params") -> Iterator[str]:
         yield "data.sources is empty: name at least one of local, mirrors, npm, official"
     if data.path is not None and "local" not in data.sources:
         yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
+    if not params.evaluate.measures:
+        yield "evaluate.measures is empty: name at least one of frechet, kid, precision_recall, copies, infinity"
     for key in ("lr_schedules", "schedules"):
         if not getattr(tune, key):
             yield f"tune.{key} is empty: name at least one, the one in use for no search"

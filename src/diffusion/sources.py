@@ -16,10 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.data import UNREADABLE, read_npz
+from diffusion.data import SUFFIXES, UNREADABLE, read_npz
 from diffusion.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by model.image_channels
 EIGHT_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
 LARGEST = 64 * 2**20  # bytes of one picture file

@@ -24,7 +24,7 @@ from diffusion import paths, tracking
 from diffusion.config import Params, TrainedConfig, TuneConfig, flat, from_dict, to_dict, trained
 from diffusion.data import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation import Reference, moments_of
+from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.fit import StopRequest, only_trainer
 from diffusion.journal import Tracker
@@ -32,6 +32,7 @@ from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.previews import preview_config
 from diffusion.provenance import code_digest
+from diffusion.reference import Reference
 from diffusion.runtime import generator, keep_freed_memory, resolve_device
 from diffusion.sampling import generate
 from diffusion.training import Trainer, fingerprint, train
@@ -51,7 +52,7 @@ def tune(params: Params) -> None:
         UserError: data or the reference are missing, or another trainer is at work.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the trial at work is marked FAIL.
     """
-    data, extractor = Dataset.load(), EfficientNetLite0()
+    data, extractor = Dataset.load(), EfficientNetLite0(precision=params.evaluate.precision)
     reference = load_reference(params, extractor)
     name = study_name(params, data.digest, reference)
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""Distances between sets of features: streaming float64 moments and the Frechet distance between Gaussians."""
+"""The Frechet distance between Gaussians: streaming float64 moments, the distance, its value for infinite samples."""
 
 import numpy as np
 from torch import Tensor
@@ -77,6 +77,32 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     trace_of_root = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
     difference = mu1 - mu2
     return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+
+
+def frechet_at_infinity(
+    features: np.ndarray, mean: np.ndarray, cov: np.ndarray, *, points: int = 15, seed: int = 0
+) -> float:
+    """Frechet distance of rows (N, d) to a Gaussian, extrapolated to N = infinity (Chong & Forsyth 2020, algorithm 1).
+
+    Distances of random subsets, of `points` sizes from max(N / 10, d + 1) to N, lie on a line in 1 / size, whose value
+    at 0 this is. The bias of the Gaussian's own finite sample stays.
+
+    Raises:
+        UserError: fewer than 2 d rows, too few for a line.
+    """
+    count, dim = features.shape
+    if count < 2 * dim:
+        raise UserError(
+            f"the distance at infinity needs at least {2 * dim} samples and there are {count}: raise sample.num_images "
+            "(and evaluate.kept_features), or take infinity out of evaluate.measures"
+        )
+    rng, rows = np.random.default_rng(seed), features.astype(np.float64)
+    sizes = np.linspace(max(count // 10, dim + 1), count, points).astype(int)
+    distances = []
+    for size in sizes:
+        chosen = rows[rng.permutation(count)[:size]]
+        distances.append(frechet_distance(chosen.mean(axis=0), np.cov(chosen, rowvar=False), mean, cov))
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:

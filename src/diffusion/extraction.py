@@ -1,0 +1,116 @@
+"""From images to features: batches through an extractor, shared by processes, with their moments and some kept rows."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.data import releases
+from diffusion.distributed import ALONE, World
+from diffusion.features import Extractor
+from diffusion.images import rgb
+from diffusion.metrics import Moments
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What is left of the features of N images."""
+
+    moments: Moments  # of all
+    blocks: list[Moments]  # of equal blocks of them in order, without what remains of N
+    kept: Tensor  # float32 (n, d): the features of the first n
+
+
+def features_of(
+    images: np.ndarray,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    world: World = ALONE,
+    *,
+    keep: int = 0,  # features of at most so many images stay in memory
+    blocks: int = 1,
+) -> Extracted:
+    """Features of uint8 (N, H, W, C) images (alpha is ignored), with a progress bar called `what`.
+
+    The ranks of `world` share the batches; each returns the result of all of them, equal to a single process's but for
+    float64 rounding, because every image is in the same batch.
+
+    Raises:
+        UserError: a feature is not finite.
+    """
+    extractor.to(device)
+    parts = world.gather(
+        world.together(lambda: _share(images, extractor, batch_size, device, what, world, keep, blocks))
+    )
+    merged: Extracted = world.broadcast(parts and _merged(parts, extractor.dim, blocks))
+    return merged
+
+
+def moments_of(
+    images: np.ndarray,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    world: World = ALONE,
+) -> Moments:
+    """Moments alone, of `features_of`."""
+    return features_of(images, extractor, batch_size, device, what, world).moments
+
+
+def batches(count: int, batch_size: int, blocks: int) -> list[tuple[int, range]]:
+    """(block, images): range(count) in batches that end where a block ends; block `blocks` is what remains."""
+    size, found = count // blocks, []
+    for block in range(blocks + 1):
+        end = count if block == blocks else (block + 1) * size
+        for start in range(block * size, end, batch_size):
+            found.append((block, range(start, min(start + batch_size, end))))
+    return found
+
+
+def _share(
+    images: np.ndarray,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    what: str,
+    world: World,
+    keep: int = 0,
+    blocks: int = 1,
+) -> tuple[list[Moments], np.ndarray]:
+    """Of this rank's share of the batches: moments of each block and of what remains, and the rows to keep."""
+    found = [Moments(extractor.dim) for _ in range(blocks + 1)]
+    kept = [np.empty((0, extractor.dim), np.float32)]
+    todo, release = batches(len(images), batch_size, blocks), releases(images)
+    mine = [todo[k] for k in world.share(len(todo))]
+    total = sum(len(rows) for _, rows in mine)
+    pace = 0.5 if sys.stderr.isatty() else 30
+    name = what if world.size == 1 else f"{what} (1 of {world.size} processes)"
+    with tqdm(total=total, unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
+        for block, rows in mine:
+            batch = torch.from_numpy(rgb(images[rows.start : rows.stop]).copy()).to(device)
+            features = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
+            found[block].update(features)
+            if rows.start < keep:
+                kept.append(features[: keep - rows.start].copy())
+            if release:
+                release()
+            bar.update(len(rows))
+    return found, np.concatenate(kept)
+
+
+def _merged(parts: Sequence[tuple[list[Moments], np.ndarray]], dim: int, blocks: int) -> Extracted:
+    """All ranks' shares as one."""
+    found, total = [Moments(dim) for _ in range(blocks + 1)], Moments(dim)
+    for moments, _ in parts:
+        for mine, theirs in zip(found, moments, strict=True):
+            mine.merge(theirs)
+    for mine in found:
+        total.merge(mine)
+    return Extracted(total, found[:blocks], torch.from_numpy(np.concatenate([kept for _, kept in parts])))

@@ -1,0 +1,122 @@
+"""References: moments and some features of real images, with a key that says of which and made how."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion import paths
+from diffusion.config import Params
+from diffusion.data import UNREADABLE, read_npz, real_images, releases
+from diffusion.distributed import ALONE, World, joined
+from diffusion.errors import UserError
+from diffusion.extraction import features_of
+from diffusion.extractors import AGAIN, for_reference, inception_weights, kept_images, reference_images
+from diffusion.features import Extractor
+from diffusion.runtime import keep_freed_memory
+
+CHUNK = 1024  # images hashed at once
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments of real images, the features of the first of them, and the key of what it all depends on."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    key: Mapping[str, Any]
+    features: Tensor | None = None  # float32 (n, d); None = not kept, or not read
+
+    def save(self, path: Path) -> None:
+        """Write an npz file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        features = np.empty((0, len(self.mean)), np.float32) if self.features is None else self.features.numpy()
+        np.savez(path, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True), features=features)
+
+    @staticmethod
+    def load(path: Path, extractor: Mapping[str, str], **expected: object) -> "Reference":
+        """Read a reference made by the extractor described by `extractor`, with `expected` (split, images) in its key.
+
+        Its features are read if `expected` names their number, kept.
+
+        Raises:
+            UserError: the file is missing or damaged, or was made by another extractor or of other images.
+        """
+        try:
+            mean, cov, text = read_npz(path, "mean", "cov", "key")
+            key = json.loads(str(text))
+            features = torch.from_numpy(read_npz(path, "features")[0]) if expected.get("kept") else None
+            then, now = {**key, **key["extractor"]}, {**extractor, **expected}
+        except (*UNREADABLE, TypeError) as error:
+            raise UserError(f"{path} cannot be used ({error}): {AGAIN}") from None
+        changed = "; ".join(f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v)
+        if changed:
+            raise UserError(f"{path} is by another extractor or of other images ({changed}): {AGAIN}")
+        return Reference(mean, cov, key, features)
+
+
+def make_reference(
+    images: np.ndarray,
+    split: str,
+    extractor: Extractor,
+    batch_size: int,
+    device: torch.device,
+    world: World = ALONE,
+    *,
+    keep: int = 0,
+) -> Reference:
+    """Reference of all `images`, which are the first of `split`; the ranks of `world` share the work.
+
+    The features of the first `keep` stay in it.
+    """
+    found = features_of(images, extractor, batch_size, device, f"reference {extractor.metric}", world, keep=keep)
+    key = {
+        "split": split,
+        "images": len(images),
+        "image_shape": list(images.shape[1:]),
+        "images_sha256": pixels_sha256(images),
+        "kept": len(found.kept),
+        "extractor": extractor.describe(),
+    }
+    return Reference(found.moments.mean, found.moments.cov, key, found.kept)
+
+
+def pixels_sha256(images: np.ndarray) -> str:
+    """Hex digest of the pixels of (N, H, W, C) images, read in parts."""
+    sha, release = hashlib.sha256(), releases(images)
+    for start in range(0, len(images), CHUNK):
+        sha.update(np.ascontiguousarray(images[start : start + CHUNK]).data)
+        if release:
+            release()
+    return sha.hexdigest()
+
+
+def write_references(params: Params, folder: Path = paths.REFERENCE) -> None:
+    """The reference stage: reference/fd_lite0.npz, and reference/fid.npz if `evaluate.inception` and the weights allow.
+
+    A file of an earlier run that this one does not write is removed.
+
+    Raises:
+        UserError: the split has too few images, fewer images than features are asked for, or Inception is required and
+            its weights cannot be had.
+    """
+    config = params.evaluate
+    keep_freed_memory()
+    with joined(config.device) as (world, device):
+        images = world.together(lambda: real_images(config.reference_split))
+        weights = world.broadcast(world.together(lambda: inception_weights(config) if world.is_main else None))
+        extractors = world.together(lambda: for_reference(config, weights, len(images), speak=world.is_main))
+        if world.is_main:
+            (folder / "fid.npz").unlink(missing_ok=True)
+        for extractor in extractors:
+            chosen, split = images[: reference_images(config, extractor)], config.reference_split
+            keep = kept_images(config, len(chosen))
+            reference = make_reference(chosen, split, extractor, config.batch_size, device, world, keep=keep)
+            if world.is_main:
+                reference.save(folder / f"{extractor.metric}.npz")

@@ -1,0 +1,119 @@
+"""`python -m diffusion.metrics` as a stranger uses it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import REPO
+from test_evaluation import pictures
+
+from diffusion import features, images
+from diffusion.metrics import frechet_distance, selftest
+from diffusion.metrics.__main__ import main
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """made.npz, and the same as PNG files; real.npz."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    np.savez("made.npz", images=pictures(12, 1))
+    images.save_all(pictures(12, 1), tmp_path / "made/deeper")
+    np.savez("real.npz", images=pictures(14))
+    return tmp_path
+
+
+def compare(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["compare", "--device", "cpu", *arguments], catch_exceptions=False)
+
+
+def test_two_files_are_compared_and_a_folder_is_its_images(place: Path) -> None:
+    found = compare("made.npz", "real.npz", "--extractor", "lite0", "--json", "--batch-size", "5")
+    result = json.loads(found.stdout.splitlines()[-1])
+    extractor = features.EfficientNetLite0()
+    a, b = (
+        extractor(torch.from_numpy(x).permute(0, 3, 1, 2)).double().numpy() for x in (pictures(12, 1), pictures(14))
+    )
+    expected = frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    assert result["fd_lite0_12"] == pytest.approx(expected, rel=1e-4)
+    (about,) = result["about"]
+    assert (about["of"], about["against"], about["reference"]["split"]) == ("made.npz", "real.npz", "real")
+    folder = compare("made", "real.npz", "--extractor", "lite0", "--json", "--batch-size", "5")
+    assert json.loads(folder.stdout.splitlines()[-1])["fd_lite0_12"] == result["fd_lite0_12"]
+
+
+def test_more_measures_of_fewer_images(place: Path) -> None:
+    options = ["--extractor", "lite0", "--count", "10", "--measure", "kid", "--measure", "copies"]
+    lines = compare("made.npz", "real.npz", *options).stdout
+    assert "kd_lite0_10 " in lines
+    assert "copies_lite0_10 " in lines
+    assert "fd_" not in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["none.npz", "real.npz"], "none.npz is missing: give cifar10:train, cifar10:test"),
+        (["cifar10:test", "real.npz"], "run `dvc repro download`"),
+        (["small.npz", "real.npz"], "bring them to one size"),
+        (["float.npz", "real.npz"], "from 0 to 1, not uint8 images"),
+        (["nan.npz", "real.npz"], "NaN"),
+        (["mixed", "real.npz"], "bring all to one size"),
+        (["empty", "real.npz"], "no pictures"),
+        (["broken", "real.npz"], "damaged"),
+        (["made.npz", "real.npz", "--extractor", "inception", "--weights", "cut.pth"], "cut.pth does not hold"),
+        (["made.npz", "real.npz", "--extractor", "inception", "--weights", "no.pth"], "no such file"),
+        (["made.npz", "made.npz", "--measure", "infinity"], "at least 2560 samples"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) -> None:
+    np.savez("small.npz", images=pictures(12)[:, ::2, ::2])
+    np.savez("float.npz", images=np.linspace(0, 1, 12 * 8 * 8 * 3).reshape(12, 8, 8, 3))
+    np.savez("nan.npz", images=np.full((12, 8, 8, 3), np.nan))
+    for name in ("mixed", "broken", "empty"):
+        Path(name).mkdir()
+    images.save_png(pictures(1)[0], place / "mixed/a.png")
+    images.save_png(pictures(1)[0, ::2], place / "mixed/b.png")
+    (place / "broken/a.png").write_bytes(b"\x89PNG")
+    (place / "cut.pth").write_bytes(b"PK\x03\x04")
+    extractor = [] if "--extractor" in arguments else ["--extractor", "lite0"]
+    found = compare(*arguments, *extractor)
+    assert found.exit_code == 2
+    problems = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_fid_of_few_images_proposes_kid(place: Path) -> None:
+    weights = selftest.random_weights(place / "weights.pth")
+    few = compare("made.npz", "real.npz", "--weights", str(weights))
+    assert few.exit_code == 2
+    assert "FID needs at least 2048 images a side and there are 12: give --measure kid" in few.stderr
+    enough = compare("made.npz", "real.npz", "--weights", str(weights), "--measure", "kid", "--count", "4")
+    assert "kid4_real " in enough.stdout
+
+
+def test_the_selftest_passes_here_and_sees_a_wrong_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = list(selftest.checks(2))
+    assert len(lines) == 6
+    assert all(passed for _, passed in lines), lines
+    monkeypatch.setattr(selftest, "resize_as_tensorflow1", lambda x, size: torch.zeros(len(x), 3, size, size))
+    monkeypatch.setattr(features.Inception, "forward", lambda self, x: torch.randn(len(x), 2048))
+    result = CliRunner().invoke(main, ["selftest", "--images", "2"])
+    assert result.exit_code == 1
+    assert result.stdout.count("FAILED") == 3
+
+
+def test_the_distances_import_without_the_heavy_things() -> None:
+    absent = ("click", "torch_fidelity", "torchmetrics", "torchvision", "pydantic", "requests", "matplotlib")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import diffusion.metrics, diffusion.metrics.names"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": f"{REPO}/src"}, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

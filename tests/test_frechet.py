@@ -1,0 +1,152 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from diffusion.errors import UserError
+from diffusion.metrics import Moments, frechet_distance
+
+
+def features(count: int, dim: int, seed: int, offset: float = 0.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, dim)) @ rng.normal(size=(dim, dim)) + offset
+
+
+def moments(rows: np.ndarray, batch: int) -> Moments:
+    found = Moments(rows.shape[1])
+    for start in range(0, len(rows), batch):
+        found.update(rows[start : start + batch])
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_streamed_moments_are_numpys(batch: int, offset: float) -> None:
+    rows = features(300, 12, 0, offset)
+    found = moments(rows, batch)
+    assert found.count == 300
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.cov, np.cov(rows - offset, rowvar=False), rtol=1e-6, atol=1e-7)
+
+
+def test_merging_is_seeing_it_all() -> None:
+    rows = features(301, 5, 1, 100.0)
+    whole, first, second, empty = moments(rows, 50), moments(rows[:40], 9), moments(rows[40:], 9), Moments(5)
+    first.merge(second)
+    first.merge(empty)
+    empty.merge(first)
+    for found in (first, empty):
+        np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
+        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [np.zeros((3, 4)), np.zeros(5), np.full((2, 5), np.nan), np.full((2, 5), np.inf)],
+    ids=["width", "1d", "nan", "inf"],
+)
+def test_bad_features_are_refused(rows: np.ndarray) -> None:
+    with pytest.raises(UserError):
+        Moments(5).update(rows)
+
+
+def test_one_image_has_no_covariance() -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        _ = moments(np.zeros((1, 3)), 1).cov
+
+
+def test_diagonal_gaussians_have_a_closed_form() -> None:
+    """Commuting covariances: sum of (mu1 - mu2)^2 + (s1 - s2)^2 (Dowson & Landau 1982)."""
+    rng = np.random.default_rng(0)
+    mu1, mu2, s1, s2 = rng.normal(size=(4, 20))
+    expected = ((mu1 - mu2) ** 2 + (abs(s1) - abs(s2)) ** 2).sum()
+    assert frechet_distance(mu1, np.diag(s1**2), mu2, np.diag(s2**2)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_one_dimension_by_optimal_transport() -> None:
+    """The distance is the squared 2-Wasserstein distance: in 1-D, sorted samples matched in order."""
+    rng = np.random.default_rng(0)
+    a, b = np.sort(rng.normal(1.0, 2.0, 400_000)), np.sort(rng.normal(-0.5, 0.7, 400_000))
+    found = frechet_distance(
+        *([m] if m.ndim == 0 else m for m in (np.array(1.0), np.array([[4.0]]), np.array(-0.5), np.array([[0.49]])))
+    )
+    assert found == pytest.approx(((a - b) ** 2).mean(), rel=0.01)
+
+
+@pytest.mark.parametrize("dim", [3, 64])
+def test_full_covariances_as_scipys_matrix_root(dim: int) -> None:
+    a, b = features(500, dim, 2), features(400, dim, 3, 0.5)
+    mu1, cov1, mu2, cov2 = a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real)
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
+
+
+def test_it_is_a_distance_that_rotations_do_not_change() -> None:
+    a, b = features(100, 30, 4), features(90, 30, 5)
+    turn = np.linalg.qr(np.random.default_rng(6).normal(size=(30, 30)))[0]
+
+    def between(x: np.ndarray, y: np.ndarray) -> float:
+        return frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+
+    assert between(a, a) == pytest.approx(0.0, abs=1e-12 * np.trace(np.cov(a, rowvar=False)))
+    assert between(a, b) == pytest.approx(between(b, a), rel=1e-9)
+    assert between(a @ turn, b @ turn) == pytest.approx(between(a, b), rel=1e-9)
+
+
+def test_singular_covariances_are_fine() -> None:
+    """Fewer images than features."""
+    a, b = features(20, 50, 7), features(15, 50, 8)
+    cov1, cov2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = [scipy.linalg.svd((x - x.mean(0)) / np.sqrt(len(x) - 1))[1:] for x in (a, b)]
+    factors = [s[:, None] * v[: len(s)] for s, v in roots]  # cov = f.T @ f
+    nuclear = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()  # tr (cov1 cov2)^(1/2)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * nuclear
+    assert frechet_distance(a.mean(0), cov1, b.mean(0), cov2) == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_singular_covariances_have_no_distance() -> None:
+    """Eigenvalues of the product would leave 1e-4 here: the root of rounding errors, once a missing dimension."""
+    rows = features(100, 256, 9)
+    cov = np.cov(rows, rowvar=False)
+    assert frechet_distance(rows.mean(0), cov, rows.mean(0), cov) == pytest.approx(0.0, abs=1e-12 * np.trace(cov))
+
+
+@pytest.mark.parametrize(
+    "change", [{0: np.zeros(4)}, {1: np.eye(4)}, {1: np.eye(3) * np.nan}, {2: np.full(3, np.inf)}], ids=str
+)
+def test_moments_that_cannot_be_compared_are_refused(change: dict[int, np.ndarray]) -> None:
+    arguments = [np.zeros(3), np.eye(3), np.zeros(3), np.eye(3)]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(UserError):
+        frechet_distance(*arguments)
+
+
+class Projection(torch.nn.Module):
+    """A stand-in extractor with features of a sane size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.randn(3 * 8 * 8, 16, generator=torch.Generator().manual_seed(0)) / 100
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).float() @ self.matrix.to(images.device)
+
+
+def test_the_whole_distance_is_torchmetrics() -> None:
+    generator = torch.Generator().manual_seed(1)
+    real = torch.randint(0, 256, (300, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    fake = torch.randint(0, 200, (200, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    extractor = Projection()
+    theirs = FrechetInceptionDistance(feature=extractor, input_img_size=(3, 8, 8))
+    theirs.set_dtype(torch.float64)
+    theirs.update(real, real=True)
+    theirs.update(fake, real=False)
+    ours = [Moments(16), Moments(16)]
+    for found, images in zip(ours, (real, fake), strict=True):
+        for batch in images.split(64):
+            found.update(extractor(batch))
+    expected = float(theirs.compute())
+    assert expected > 1
+    assert frechet_distance(ours[0].mean, ours[0].cov, ours[1].mean, ours[1].cov) == pytest.approx(expected, rel=1e-4)
