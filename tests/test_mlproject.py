@@ -15,7 +15,7 @@ from conftest import REPO
 from stores import CONFIG, client_of, open_run
 from test_dvc import Project
 
-from diffusion import config, project_run, tracking
+from diffusion import config, paths, pipeline, project_run, tracking
 from stages import stage
 
 pytest.importorskip("mlflow")
@@ -142,6 +142,35 @@ class TestRun:
         assert tracker.run_id == run.info.run_id
         (line,) = capsys.readouterr().err.splitlines()
         assert f"--experiment-name {CONFIG.experiment}" in line
+
+
+class TestReproduce:
+    """What DVC is asked for."""
+
+    def asked(self, monkeypatch: pytest.MonkeyPatch, params: config.Params) -> list[str]:
+        seen: list[list[str]] = []
+
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            seen.append(command)
+            return subprocess.CompletedProcess(command, 7)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.setattr(paths, "PARAMS", REPO / "params.yaml")
+        assert pipeline.reproduce(params) == 7
+        return seen[0][1:]
+
+    def test_the_file_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.asked(monkeypatch, config.load(REPO / "params.yaml")) == ["-m", "dvc", "repro"]
+
+    def test_other_values_and_other_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever differs, spelt so that YAML reads it back."""
+        params = config.load(REPO / "params/conditional.yaml", {"model.multipliers": [1, 2], "data.path": "a b"})
+        command = self.asked(monkeypatch, params)
+        assert command[:5] == ["-m", "dvc", "exp", "run", "--temp"]
+        given = dict(text.split("=", 1) for text in command[6::2])
+        read = {key: config.read_value(key, text) for key, text in given.items()}
+        assert config.load(REPO / "params.yaml", read) == params
+        assert set(command[5::2]) == {"-S"}
 
 
 def mlflow_run(folder: Path, *arguments: str, env_manager: str = "local") -> str:

@@ -24,7 +24,7 @@ def reproduce(params: Params) -> int:
     changed = {key: value for key, value in flat(params).items() if value != file[key]}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the stages' `python` is this one
     status = subprocess.run([sys.executable, "-m", "dvc", *_arguments(changed)], env={**os.environ, "PATH": path})
-    if not changed and params.tracking.enabled:
+    if not changed and not status.returncode and params.tracking.enabled:
         _link()
     return status.returncode
 
