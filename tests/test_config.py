@@ -58,6 +58,7 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
         ({"data.sources": []}, ["data.sources"]),
         ({"tune.lr": [1e-2, 1e-4]}, ["tune.lr"]),
+        ({"train.best_by": "fd_lite0"}, ["train.best_by", "train.evaluate_every"]),
         ({"evaluate.measures": []}, ["evaluate.measures", "frechet"]),
         ({"evaluate.measures": ["fid"]}, ["evaluate.measures", "precision_recall"]),
         ({"evaluate.precision": "auto"}, ["evaluate.precision", "fp32, bf16"]),

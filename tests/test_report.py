@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion import images, paths
 from diffusion.errors import UserError
@@ -26,6 +27,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
     paths.LOSS_CSV.write_text("step,loss,loss_smoothed,lr,grad_norm\n10,0.5,0.5,0.001,1.0\n")
     paths.VAL_LOSS_CSV.write_text("step,val_loss\n10,0.4\n")
+    paths.FD_CSV.write_text("step,fd_lite0\n")
     train = {"best_val_loss": 0.4, "images_seen": 640, "images_per_second": 400.0, "train_seconds": 90, "parameters": 7}
     paths.TRAIN_METRICS.write_text(json.dumps(train))
     about = [{"metric": "fd_lite0_12", "measure": "frechet", "samples": 12, "reference": {"split": "<b>train</b>"}}]
@@ -44,6 +46,23 @@ def test_the_page_holds_scores_and_pictures_and_nothing_from_outside(outputs: Pa
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
     for name in ("loss", "schedules", "noising", "real_and_generated", "noising_by_schedule", "unet"):
         assert (paths.REPORT / f"{name}.png").stat().st_size > 1000
+
+
+def test_distances_and_closest_pairs_are_shown_if_there_are_any(outputs: Path, tiny) -> None:
+    paths.FD_CSV.write_text("step,fd_lite0\n10,700.5\n20,650.25\n")
+    scores = json.loads(paths.EVALUATE_METRICS.read_text())
+    copies = {"metric": "copies_lite0_12", "measure": "copies", "threshold": 3.25, "pairs": [[3, 7, 1.5], [0, 0, 2.5]]}
+    scores |= {"copies_lite0_12": 0.25, "about": [*scores["about"], copies]}
+    paths.EVALUATE_METRICS.write_text(json.dumps(scores))
+    report(tiny())
+    page = (paths.REPORT / "index.html").read_text()
+    for text in ("fd_lite0 during training", "copies_lite0_12 (below 3.25)", "<dt>copies_lite0_12</dt><dd>0.25</dd>"):
+        assert text in page, text
+    with Image.open(paths.REPORT / "copies_lite0_12.png") as picture:
+        shown = np.asarray(picture)
+    with np.load(paths.SAMPLES_NPZ) as archive:
+        sample = images.grid(archive["images"][3:4], columns=1, scale=3)
+    assert (shown[20:116, 20:116] == sample).all()  # the first pair's sample, above its training image
 
 
 @pytest.mark.parametrize("path", [paths.LOSS_CSV, paths.EVALUATE_METRICS, paths.SAMPLES / "denoising.png"], ids=str)

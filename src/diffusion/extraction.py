@@ -86,10 +86,11 @@ def _share(
 ) -> tuple[list[Moments], np.ndarray]:
     """Of this rank's share of the batches: moments of each block and of what remains, and the rows to keep."""
     found = [Moments(extractor.dim) for _ in range(blocks + 1)]
-    kept = [np.empty((0, extractor.dim), np.float32)]
     todo, release = batches(len(images), batch_size, blocks), releases(images)
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(rows) for _, rows in mine)
+    kept = np.empty((sum(max(0, min(rows.stop, keep) - rows.start) for _, rows in mine), extractor.dim), np.float32)
+    filled = 0
     pace = 0.5 if sys.stderr.isatty() else 30
     name = what if world.size == 1 else f"{what} (1 of {world.size} processes)"
     with tqdm(total=total, unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
@@ -97,12 +98,14 @@ def _share(
             batch = torch.from_numpy(rgb(images[rows.start : rows.stop]).copy()).to(device)
             features = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
             found[block].update(features)
-            if rows.start < keep:
-                kept.append(features[: keep - rows.start].copy())
+            if filled < len(kept):
+                part = features[: len(kept) - filled]
+                kept[filled : filled + len(part)] = part
+                filled += len(part)
             if release:
                 release()
             bar.update(len(rows))
-    return found, np.concatenate(kept)
+    return found, kept
 
 
 def _merged(parts: Sequence[tuple[list[Moments], np.ndarray]], dim: int, blocks: int) -> Extracted:
@@ -113,4 +116,6 @@ def _merged(parts: Sequence[tuple[list[Moments], np.ndarray]], dim: int, blocks:
             mine.merge(theirs)
     for mine in found:
         total.merge(mine)
-    return Extracted(total, found[:blocks], torch.from_numpy(np.concatenate([kept for _, kept in parts])))
+    kept = [kept for _, kept in parts]
+    whole = kept[0] if len(kept) == 1 else np.concatenate(kept)
+    return Extracted(total, found[:blocks], torch.from_numpy(whole))

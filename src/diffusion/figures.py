@@ -60,6 +60,15 @@ def loss_curve(loss_rows: Sequence[Row], val_rows: Sequence[Row], path: Path) ->
     save(loss_figure(loss_rows, val_rows), path)
 
 
+def distance_figure(rows: Sequence[Row]) -> Figure:
+    """fd_lite0 of a few samples over the steps of a training; rows: `step, fd_lite0`."""
+    figure = Figure(figsize=(7.5, 4.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    style(axes, "Distance to the training images", "training step", "fd_lite0 of a few samples, lower is better")
+    axes.plot(_column(rows, "step"), _column(rows, "fd_lite0"), color=GREEN, linewidth=1.8, marker="o", markersize=3.5)
+    return figure
+
+
 def schedules_figure(num_steps: int, used: str | None = None) -> Figure:
     """alpha-bar and log-SNR over t for every noise schedule; `used` names the one that this run has."""
     figure = Figure(figsize=(7.5, 3.6), dpi=DPI, layout="constrained")

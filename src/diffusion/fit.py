@@ -27,6 +27,7 @@ from diffusion.mlflow_writer import SystemMetrics
 from diffusion.previews import write_previews
 from diffusion.provenance import origin
 from diffusion.runtime import keep_freed_memory, peak_memory
+from diffusion.scoring import Scorer
 from diffusion.training import Record, Trainer, fingerprint, train
 
 
@@ -47,7 +48,8 @@ def fit(params: Params) -> None:
         folder = paths.RUNS / fingerprint(config, data.digest)
         world.together(lambda: held.enter_context(only_trainer(folder)) if world.is_main else None)
         stop = held.enter_context(StopRequest())
-        trainer = Trainer(config, data, folder, device, world)
+        score = Scorer(config, data, folder, device) if config.train.evaluate_every else None
+        trainer = Trainer(config, data, folder, device, world, score)
         if trainer.progress.step and world.is_main:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
         made_by = origin(params, device)
@@ -145,6 +147,9 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
         best = {"best/val_loss": progress.best_val_loss, "best/step": progress.best_step}
         tracker.metrics({"val/loss": record.val_loss, **best}, record.step)
         _write_curves(trainer)
+    if record.fd_lite0 is not None:
+        tracker.metrics({"val/fd_lite0": record.fd_lite0, "best/fd_lite0": progress.best_fd_lite0}, record.step)
+        _write_curves(trainer)
     if record.row or record.val_loss is not None:
         smoothed = progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else record.loss
         val = f"{progress.val_rows[-1]['val_loss']:.4f}" if progress.val_rows else "-"
@@ -200,9 +205,11 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by
         "device": trainer.device.type,
         "precision": str(trainer.dtype).removeprefix("torch."),
     }
+    if progress.fd_rows:
+        metrics["best_fd_lite0"] = progress.best_fd_lite0
     about = {
         "step": progress.best_step,
-        "val_loss": progress.best_val_loss,
+        "val_loss": next((r["val_loss"] for r in progress.val_rows if r["step"] == progress.best_step), None),
         "weights": "ema",
         "data_digest": data_digest,
         "fingerprint": trainer.folder.name,
@@ -219,7 +226,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by
     tracker.metrics({f"final/{key}": float(value) for key, value in numbers.items()}, progress.step)
     for path in (paths.MODEL, paths.MODEL_CARD):
         tracker.artifact(path, "model")
-    for path in (paths.LOSS_CSV, paths.VAL_LOSS_CSV):
+    for path in (paths.LOSS_CSV, paths.VAL_LOSS_CSV, paths.FD_CSV):
         tracker.artifact(path, "curves")
 
 
@@ -228,6 +235,7 @@ def _write_curves(trainer: Trainer) -> None:
     progress = trainer.progress
     _write_csv(paths.LOSS_CSV, ["step", "loss", "loss_smoothed", "lr", "grad_norm"], progress.loss_rows)
     _write_csv(paths.VAL_LOSS_CSV, ["step", "val_loss"], progress.val_rows)
+    _write_csv(paths.FD_CSV, ["step", "fd_lite0"], progress.fd_rows)
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:

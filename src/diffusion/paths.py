@@ -35,6 +35,7 @@ MODEL_CARD = Path("models/model.json")
 TRAIN_METRICS = Path("metrics/train.json")
 LOSS_CSV = Path("plots/loss.csv")
 VAL_LOSS_CSV = Path("plots/val_loss.csv")
+FD_CSV = Path("plots/fd_lite0.csv")
 PREVIEWS = Path("plots/previews")
 
 TRAIN_LOCK = Path("runs/workspace.lock")  # relative: one trainer a workspace, also in a temporary one

@@ -11,8 +11,8 @@ STRIP_IMAGES = 6
 STRIP_COLUMNS = 9
 
 
-def preview_config(config: TrainConfig) -> SampleConfig:
-    """How previews are sampled: few deterministic steps, sized by the train section."""
+def preview_config(config: TrainConfig, images: int | None = None, batch_size: int | None = None) -> SampleConfig:
+    """How previews are sampled: few deterministic steps, sized by the train section, but for what is given."""
     return SampleConfig(
         sampler="ddim",
         steps=config.preview_steps,
@@ -22,8 +22,8 @@ def preview_config(config: TrainConfig) -> SampleConfig:
         clip_x0=True,
         guidance=1.0,
         labels="balanced",
-        num_images=config.preview_images,
-        batch_size=config.preview_images,
+        num_images=images or config.preview_images,
+        batch_size=batch_size or config.preview_images,
         compile="off",
         save_png=False,
         processes=1,

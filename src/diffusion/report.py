@@ -87,6 +87,8 @@ def report(params: Params) -> None:
     comparison = ", ".join(f"{name} {shown(scores[name])}" for name in sorted(distances & scores.keys()))
     schedule = configured_schedule(diffusion)
     figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
+    if fd_rows := _read_csv(paths.FD_CSV):
+        figures.save(figures.distance_figure(fd_rows), folder / "fd_lite0.png")
     figures.schedules(diffusion.num_steps, folder / "schedules.png", used=diffusion.schedule)
     figures.noising_strip(real[:NOISED_IMAGES], schedule, folder / "noising.png")
     figures.save(diagrams.schedules_noising_figure(real[0], diffusion.num_steps), folder / "noising_by_schedule.png")
@@ -98,6 +100,7 @@ def report(params: Params) -> None:
         "From noise to image": paths.SAMPLES / "denoising.png",
         **_of_classes(),
         "Loss": folder / "loss.png",
+        **({"fd_lite0 during training": folder / "fd_lite0.png"} if fd_rows else {}),
         "The forward process": folder / "noising.png",
         "Noise schedules": folder / "schedules.png",
         "Noise by schedule": folder / "noising_by_schedule.png",

@@ -67,6 +67,8 @@ def _rest(params: "Params") -> Iterator[str]:
             f"train.processes = {train.processes} is more than train.batch_size = {train.batch_size}, "
             "which they share: lower it"
         )
+    if train.best_by == "fd_lite0" and not train.evaluate_every:
+        yield "train.best_by = fd_lite0 needs values of it: set train.evaluate_every, or train.best_by: val_loss"
     if not data.sources:
         yield "data.sources is empty: name at least one of local, mirrors, npm, official"
     if data.path is not None and "local" not in data.sources:

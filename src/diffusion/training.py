@@ -5,7 +5,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -46,16 +46,19 @@ class Progress:
     seconds: float = 0.0  # of training, over all sittings
     loss_rows: list[dict[str, float]] = field(default_factory=list)
     val_rows: list[dict[str, float]] = field(default_factory=list)
+    best_fd_lite0: float = math.inf
+    fd_rows: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
 class Record:
-    """What a step was like. `row` and `val_loss` are there on the steps that log and validate."""
+    """What a step was like. `row`, `val_loss` and `fd_lite0` are there on the steps that log, validate and evaluate."""
 
     step: int  # steps done
     device_loss: Tensor  # () on the device; may be of a step that it has not computed yet
     row: dict[str, float] | None = None
     val_loss: float | None = None
+    fd_lite0: float | None = None
 
     @property
     def loss(self) -> float:
@@ -69,6 +72,8 @@ def fingerprint(config: TrainedConfig, data_digest: str) -> str:
     for key in HOW:
         del tree["train"][key]
     identity = {"config": tree, "data": data_digest, "code": code_digest(Path(__file__))}
+    if config.train.evaluate_every:  # else nothing depends on it
+        identity["scoring"] = code_digest(Path(__file__).with_name("scoring.py"))
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -80,8 +85,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainedConfig, data: Dataset, folder: Path, device: torch.device, world: World = ALONE
+        self,
+        config: TrainedConfig,
+        data: Dataset,
+        folder: Path,
+        device: torch.device,
+        world: World = ALONE,
+        score: "Callable[[Trainer], float] | None" = None,  # of the averaged weights; all ranks get the same
     ) -> None:
+        if config.train.best_by == "fd_lite0" and score is None:
+            raise ValueError("train.best_by = fd_lite0 and nothing computes it")
+        self._score = score
         self.config, self.folder, self.device, self.world = config, folder, device, world
         self.share = world.share(config.train.batch_size)  # positions in the batch
         if world.size > config.train.batch_size:
@@ -166,9 +180,31 @@ class Trainer:
         value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world, **self.val_given)
         progress.val_rows.append({"step": progress.step, "val_loss": value})
         if value < progress.best_val_loss:
-            progress.best_step, progress.best_val_loss = progress.step, value
-            self.best = copy.deepcopy(self.ema.net.state_dict())
+            progress.best_val_loss = value
+            if self.config.train.best_by == "val_loss":
+                self._keep()
         return value
+
+    def evaluate(self) -> float:
+        """fd_lite0 of the EMA weights; the best ones are kept if `train.best_by` says so. All ranks call it."""
+        assert self._score is not None
+        progress, value = self.progress, self._score(self)
+        progress.fd_rows.append({"step": progress.step, "fd_lite0": value})
+        if value < progress.best_fd_lite0:
+            progress.best_fd_lite0 = value
+            if self.config.train.best_by == "fd_lite0":
+                self._keep()
+        return value
+
+    def evaluates(self, step: int) -> bool:
+        """Whether `evaluate` is due after `step`."""
+        config = self.config.train
+        due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
+        return bool(due and self._score)
+
+    def _keep(self) -> None:
+        self.progress.best_step = self.progress.step
+        self.best = copy.deepcopy(self.ema.net.state_dict())
 
     def save(self) -> None:
         """Checkpoint the state as it is now; all ranks call it, and rank 0 writes."""
@@ -292,7 +328,7 @@ def smoothed(rows: Sequence[Mapping[str, float]], loss: float) -> float:
 
 
 def train(trainer: Trainer) -> Iterator[Record]:
-    """Run `trainer` to its last step, yielding after each; validates and checkpoints on the way.
+    """Run `trainer` to its last step, yielding after each; validates, evaluates and checkpoints on the way.
 
     Whoever stops iterating may call `trainer.save()`: every yield is between two steps.
 
@@ -309,6 +345,8 @@ def train(trainer: Trainer) -> Iterator[Record]:
         last = progress.step == config.steps
         if last or progress.step % config.validate_every == 0:
             record.val_loss = trainer.validate()
+        if trainer.evaluates(progress.step):
+            record.fd_lite0 = trainer.evaluate()
         progress.seconds += time.perf_counter() - start
         if last or progress.step % config.checkpoint_every == 0:
             trainer.settle()

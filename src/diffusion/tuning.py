@@ -121,6 +121,8 @@ def trial_config(params: Params, values: Mapping[str, Any]) -> TrainedConfig:
         tree[section][name] = value
     tree["train"] |= {
         "steps": steps,
+        "evaluate_every": 0,  # a trial is scored at its end
+        "best_by": "val_loss",
         "warmup_steps": round(base.warmup_steps * share),
         "validate_every": max(1, round(base.validate_every * share)),
         **{key: min(getattr(base, key), steps) for key in ("log_every", "preview_every", "checkpoint_every")},

@@ -1,0 +1,61 @@
+"""fd_lite0 during training: of a few EMA samples from the same noise every time, against the first training images.
+
+So few samples bias the distance upwards, at every step alike: the curve shows progress and picks weights, but its
+values are no results to quote.
+"""
+
+from pathlib import Path
+
+import torch
+
+from diffusion import sampling
+from diffusion.config import TrainedConfig
+from diffusion.data import Dataset
+from diffusion.features import EfficientNetLite0
+from diffusion.images import rgb
+from diffusion.metrics import Moments, frechet_distance
+from diffusion.parameterization import Denoiser
+from diffusion.previews import preview_config
+from diffusion.reference import Reference, make_reference
+from diffusion.training import Trainer
+
+REAL = 2048  # training images of the reference
+BATCH = 64
+
+
+class Scorer:
+    """fd_lite0 of a trainer's averaged weights; the ranks share the samples, and each gets the value of all of them."""
+
+    def __init__(self, config: TrainedConfig, data: Dataset, folder: Path, device: torch.device) -> None:
+        """`folder` keeps the reference of the training images, which a resumed training reads again."""
+        self.extractor = EfficientNetLite0().to(device)
+        self.config, self.folder, self.device = config.train, folder, device
+        self.images = data.read(data.train[:REAL]).cpu().numpy()
+        self._reference: Reference | None = None
+
+    def __call__(self, trainer: Trainer) -> float:
+        world, count = trainer.world, self.config.evaluate_images
+        config = preview_config(self.config, count, min(count, sampling.CPU_BATCH))
+        prediction = trainer.config.diffusion.prediction
+        denoiser = Denoiser(trainer.ema.net, trainer.schedule, prediction, dtype=trainer.dtype, clip_x0=config.clip_x0)
+        found, mine = Moments(self.extractor.dim), world.share(count)
+        for batch in sampling.generate(denoiser, config, trainer.config.seed, mine, self.device) if mine else ():
+            for part in batch.split(BATCH):
+                images = torch.from_numpy(rgb(part.numpy()).copy()).to(self.device)
+                found.update(self.extractor(images.permute(0, 3, 1, 2)))
+        value, parts = 0.0, world.gather(found)
+        if parts:
+            for other in parts[1:]:
+                parts[0].merge(other)
+            real = self.reference()
+            value = frechet_distance(parts[0].mean, parts[0].cov, real.mean, real.cov)
+        return float(world.broadcast(value))
+
+    def reference(self) -> Reference:
+        """Of the training images; computed when it is first asked for, then read from the training's folder."""
+        if self._reference is None:
+            path, about = self.folder / "fd_lite0.npz", self.extractor.describe()
+            if not path.exists():
+                make_reference(self.images, "training", self.extractor, BATCH, self.device).save(path)
+            self._reference = Reference.load(path, about, images=len(self.images))
+        return self._reference

@@ -1,0 +1,143 @@
+"""fd_lite0 during training: what it is the distance of, that it can pick the weights, that resuming changes nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import same
+from worlds import in_world
+
+from diffusion import scoring, training
+from diffusion.config import TrainedConfig, trained
+from diffusion.data import Dataset
+from diffusion.distributed import World
+from diffusion.extraction import moments_of
+from diffusion.metrics import frechet_distance
+from diffusion.parameterization import Denoiser
+from diffusion.previews import preview_config
+from diffusion.sampling import generate
+from diffusion.scoring import Scorer
+from diffusion.training import Trainer, fingerprint, train
+
+CPU = torch.device("cpu")
+ON = {"train.evaluate_every": 3, "train.evaluate_images": 7, "train.best_by": "fd_lite0"}
+
+
+class Colours(torch.nn.Module):
+    """Twelve features: channel means of the image's quarters."""
+
+    metric, dim = "fd_lite0", 12
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+    def describe(self) -> dict[str, str]:
+        return {"extractor": "colours"}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "EfficientNetLite0", Colours)
+
+
+def trainer_in(folder: Path, config: TrainedConfig, data: Dataset, world: World | None = None) -> Trainer:
+    return Trainer(config, data, folder, CPU, *([world] if world else []), score=Scorer(config, data, folder, CPU))
+
+
+def test_it_is_the_distance_of_ema_samples_to_training_images(tiny, tiny_data: Dataset, tmp_path: Path) -> None:
+    config = trained(tiny(**ON))
+    trainer = trainer_in(tmp_path, config, tiny_data)
+    trainer.step()
+    found = trainer.evaluate()
+    denoiser = Denoiser(trainer.ema.net, trainer.schedule, config.diffusion.prediction, clip_x0=True)
+    batches = generate(denoiser, preview_config(config.train), config.seed, range(7), CPU)
+    made = moments_of(torch.cat([*batches]).numpy(), Colours(), 5, CPU, "made")
+    real = moments_of(tiny_data.images[:40].numpy(), Colours(), 5, CPU, "real")  # not the 12 for validation
+    assert found == pytest.approx(frechet_distance(made.mean, made.cov, real.mean, real.cov), rel=1e-5)
+
+
+def test_a_resumed_training_has_the_same_scores_and_weights(tiny, tiny_data: Dataset, tmp_path: Path) -> None:
+    """Stopped after a value that no checkpoint holds yet: it is computed again, to the bit."""
+    config = trained(tiny(**ON, **{"train.steps": 11, "train.checkpoint_every": 5}))
+    whole = trainer_in(tmp_path / "whole", config, tiny_data)
+    records = [record.fd_lite0 for record in train(whole)]
+    assert [i + 1 for i, value in enumerate(records) if value is not None] == [3, 6, 9, 11]
+    for record in train(trainer_in(tmp_path / "parts", config, tiny_data)):
+        torch.randn(7)  # whatever the process did before must not matter
+        if record.step == 9:
+            break
+    parts = trainer_in(tmp_path / "parts", config, tiny_data)
+    assert [row["step"] for row in parts.progress.fd_rows] == [3]
+    for _ in train(parts):
+        pass
+    assert parts.progress.fd_rows == whole.progress.fd_rows
+    assert (parts.progress.best_step, parts.progress.best_fd_lite0) == (
+        whole.progress.best_step,
+        whole.progress.best_fd_lite0,
+    )
+    assert same(parts.best, whole.best)
+    assert same(parts.net.state_dict(), whole.net.state_dict())
+
+
+def test_looking_changes_nothing(tiny, tiny_data: Dataset, tmp_path: Path) -> None:
+    """The weights of a training that is scored are those of one that is not."""
+    scored = trainer_in(tmp_path / "a", trained(tiny(**ON | {"train.best_by": "val_loss"})), tiny_data)
+    plain = Trainer(trained(tiny()), tiny_data, tmp_path / "b", CPU)
+    for one in (scored, plain):
+        for _ in train(one):
+            pass
+    assert len(scored.progress.fd_rows) == 3
+    assert same(scored.ema.net.state_dict(), plain.ema.net.state_dict())
+    assert same(scored.best, plain.best)
+
+
+@pytest.mark.parametrize(("best_by", "expected"), [("val_loss", 2), ("fd_lite0", 3)])
+def test_the_kept_weights_are_the_best_by_what_is_asked(
+    tiny, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_by: str, expected: int
+) -> None:
+    losses, distances = iter([0.5, 0.1, 0.3, 0.2]), iter([40.0, 30.0, 20.0, 30.0])
+    config = trained(tiny(**ON | {"train.best_by": best_by}))
+    trainer = Trainer(config, tiny_data, tmp_path, CPU, score=lambda _: next(distances))
+    monkeypatch.setattr(trainer.loss, "validation", lambda *_, **__: next(losses))
+    kept = []
+    for _ in range(4):
+        trainer.step()
+        trainer.validate()
+        trainer.evaluate()
+        kept.append({k: v.clone() for k, v in trainer.ema.net.state_dict().items()})
+    assert trainer.progress.best_step == expected
+    assert (trainer.progress.best_val_loss, trainer.progress.best_fd_lite0) == (0.1, 20.0)
+    assert same(trainer.best, kept[expected - 1])
+
+
+def scores(world: World, device: torch.device, config: TrainedConfig, data: Dataset, folder: Path) -> list[float]:
+    scoring.EfficientNetLite0 = Colours  # type: ignore[assignment,misc]
+    trainer = trainer_in(folder, config, data, world)
+    for _ in train(trainer):
+        pass
+    return [row["fd_lite0"] for row in trainer.progress.fd_rows]
+
+
+def test_processes_share_the_samples_and_agree(tiny, tiny_data: Dataset, tmp_path: Path) -> None:
+    config = trained(tiny(**ON, **{"train.steps": 3}))
+    alone = trainer_in(tmp_path / "1", config, tiny_data)
+    for _ in train(alone):
+        pass
+    ranks = in_world(2, tmp_path / "2", scores, config, tiny_data, tmp_path / "2")
+    assert ranks[0] == ranks[1]
+    np.testing.assert_allclose(ranks[0], [row["fd_lite0"] for row in alone.progress.fd_rows], rtol=0.02)
+
+
+def test_what_is_scored_is_part_of_a_trainings_name_only_if_it_is(
+    tiny, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, on = trained(tiny()), trained(tiny(**ON))
+    before = fingerprint(off, "data"), fingerprint(on, "data")
+    original = training.code_digest
+    monkeypatch.setattr(
+        training, "code_digest", lambda path: original(path) + ("edited" if path.stem == "scoring" else "")
+    )
+    assert (fingerprint(off, "data") == before[0], fingerprint(on, "data") == before[1]) == (True, False)
+    with pytest.raises(ValueError, match="nothing computes it"):
+        Trainer(on, tiny_data, tmp_path, CPU)
