@@ -1,14 +1,23 @@
-"""An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula."""
+"""An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
 
+As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder.
+"""
+
+import json
 import math
 import os
+import sys
 import time
+from pathlib import Path
 
+from diffusion import config, tuning
 from diffusion.config import Params
+from diffusion.tuning_study import storage_url
 from diffusion.tuning_trial import Attempt, Objective
 
+STUDY = "00000000c1fa0010"
 STEPS = 8
-SECONDS = 0.2  # a step
+SECONDS = 0.3  # a step
 
 
 def prepare(params: Params) -> Objective:
@@ -39,3 +48,20 @@ def objective(attempt: Attempt) -> float:
         attempt.report((step + 1) * budget // STEPS, value(rate, schedule) + STEPS - step)
         attempt.line.show(step + 1)
     return value(rate, schedule)
+
+
+def main(overrides: str) -> None:
+    """Search as params.yaml with `overrides` (JSON) says, without MLflow; exit status 130 if it was stopped."""
+    params = config.load(
+        Path(__file__).parents[1] / "params.yaml",
+        {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
+    )
+    try:
+        tuning.search(STUDY, params, storage_url(params.tune), prepare)
+    except KeyboardInterrupt as error:
+        print(error)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -57,7 +57,7 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"sample.sampler": "euler"}, ["sample.sampler", "dpmpp_2m"]),
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
         ({"data.sources": []}, ["data.sources"]),
-        ({"tune.lr": [1e-2, 1e-4]}, ["tune.lr"]),
+        ({"tune.space": ["train.lr"]}, ["tune.space", "a mapping"]),
     ],
     ids=str,
 )

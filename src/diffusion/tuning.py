@@ -74,7 +74,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
             finally:
                 ledger.update()
                 draw_figures(shared)
-                tracker.artifact(paths.TUNING)
+                tracker.artifact(paths.TUNING, "tuning")
             if not shared.finished:
                 done = f"stopped after {len(ledger.done())} of {params.tune.trials} trials"
                 raise KeyboardInterrupt(f"{done}; `make tune` goes on from there")

@@ -90,7 +90,7 @@ class Ledger:
         done, total, leader = self.done(), self.shared.config.trials, self.shared.best()
         state = trial.state.name
         result = f"fd_lite0 {trial.values[0]:.2f}" if state == "COMPLETE" else f"{state} ({_reason(trial)})"
-        drawn = ", ".join(f"{key} {value}" for key, value in self._values(trial).items())
+        drawn = ", ".join(f"{key} {value}" for key, value in self._values(trial).items()) or "-"
         top = f"{leader.values[0]:.2f} (trial {leader.number})" if leader else "none"
         seconds = [t.duration.total_seconds() for t in done if t.duration]
         left = sum(seconds) / max(1, len(seconds)) * max(0, total - len(done)) / self.shared.config.workers / 60

@@ -25,6 +25,7 @@ from diffusion.tuning_study import SharedStudy
 
 if TYPE_CHECKING:
     from optuna import Trial
+    from optuna.trial import FrozenTrial
 
 REPORTS = 8  # intermediate values a trial
 SHOWN = 64  # images of a trial's picture
@@ -73,8 +74,7 @@ class Attempt:
             raise PrunedError(f"the error is {value} after {images_seen:,} images")
         if self.trial.should_prune():
             raise PrunedError(f"{self.shared.config.pruner}: an error of {value:.4g} after {images_seen:,} images")
-        best = self.shared.best()
-        self.line.best = f"{best.values[0]:.2f} (trial {best.number})" if best else "none"
+        self.line.know(self.shared.best())
 
 
 Objective = Callable[[Attempt], float]
@@ -172,6 +172,10 @@ class Line:
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(position=worker, bar_format="{desc}", leave=False, mininterval=0.5)
+
+    def know(self, best: "FrozenTrial | None") -> None:
+        """The best trial so far."""
+        self.best = f"{best.values[0]:.2f} (trial {best.number})" if best else "none"
 
     def begin(self, trial: int, step: int, steps: int) -> None:
         """A trial begins at `step`, 0 unless it is resumed, of `steps`."""

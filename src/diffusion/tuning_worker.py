@@ -100,6 +100,7 @@ def _do(
 def _attempt(job: Job, shared: SharedStudy, trial: "Trial", line: Line, asked_to_stop: Callable[[], bool]) -> Attempt:
     known = shared.trials()[trial.number]
     first = known.system_attrs.get("failed_trial", trial.number)
+    line.know(shared.best())
     tags = {"optuna.study": job.study, "optuna.trial": str(trial.number)}
     if job.run_id:
         tags["mlflow.parentRunId"] = job.run_id
