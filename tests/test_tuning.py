@@ -25,7 +25,7 @@ from diffusion.errors import UserError
 from diffusion.evaluation import Reference
 from diffusion.journal import Tracker
 from diffusion.training import Record, Trainer
-from diffusion.tuning_study import SharedStudy, storage_url
+from diffusion.tuning_study import SharedStudy, quiet, storage_url
 from diffusion.tuning_trial import Attempt
 
 SPACE = {
@@ -194,7 +194,8 @@ def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Calla
     """Killed between asking and signing: the trial names no process."""
     params = tiny(**TUNE)
     shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    shared.study.ask()
+    with quiet():
+        shared.study.ask()
     tuning.tune(params)
     assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
@@ -474,10 +475,8 @@ def test_each_trial_is_a_run_below_the_studys(
     tuning.tune(params)
 
     client = MlflowClient(f"sqlite:///{database}")
-    found = {
-        r.info.run_name: r
-        for r in client.search_runs([client.get_experiment_by_name("cifar10-diffusion").experiment_id])
-    }
+    experiment = client.get_experiment_by_name("cifar10-diffusion").experiment_id
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
     parent = found.pop(f"tune-{name_of(params)}")
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
     assert set(found) == {"trial 0", "trial 1", "trial 2"}, "the trial that was tried again has another run"

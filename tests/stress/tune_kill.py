@@ -3,7 +3,7 @@
 The real workers, store, recovery and tables; only what a trial computes is simulated (tests/fast_trials.py). Prints
 figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names another store than SQLite.
 
-    PYTHONPATH=src:. python tests/stress/tune_kill.py
+    PYTHONPATH=src:tests python tests/stress/tune_kill.py
 """
 
 import collections
@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 
 import click
+import fast_trials
+import optuna
 import psutil
 
 REPO = Path(__file__).parents[2]
@@ -28,7 +30,7 @@ REPO = Path(__file__).parents[2]
 @click.command()
 @click.option("--trials", default=12, show_default=True)
 @click.option("--workers", default=3, show_default=True)
-@click.option("--every", default=4.0, show_default=True, help="Mean seconds between two kills.")
+@click.option("--every", default=3.0, show_default=True, help="Mean seconds between two kills.")
 @click.option("--seed", default=0, show_default=True)
 def main(trials: int, workers: int, every: float, seed: int) -> None:
     """Kill workers at random until the study is finished."""
@@ -44,41 +46,47 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
     command = [sys.executable, str(REPO / "tests/fast_trials.py"), overrides]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}/tests", "DVC_ROOT": str(folder)}
     kills: collections.Counter[str] = collections.Counter()
+    url = os.environ.get("OPTUNA_STORAGE") or f"sqlite:///{folder}/optuna/study.db"
     start, status = time.monotonic(), None
-    while status != 0 and time.monotonic() - start < 600:
+    while status != 0 and time.monotonic() - start < 1200:
         kills["sittings"] += 1
         sitting = subprocess.Popen(command, cwd=folder, env=environment)
-        status = _harass(sitting, every, chance, kills)
+        status = _harass(sitting, url, every, chance, kills)
     return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, trials)}
 
 
 def _harass(
-    sitting: "subprocess.Popen[bytes]", every: float, chance: random.Random, kills: "collections.Counter[str]"
+    sitting: "subprocess.Popen[bytes]",
+    url: str,
+    every: float,
+    chance: random.Random,
+    kills: "collections.Counter[str]",
 ) -> int:
-    """Kill workers of a sitting, in one case of eight the whole sitting, until it ends; its exit status."""
+    """Kill workers amid their trials, in one case of eight the whole sitting, until it ends; its exit status."""
     while True:
         try:
             return sitting.wait(chance.expovariate(1 / every))
         except subprocess.TimeoutExpired:
-            victims = _workers(sitting.pid)
+            victims = _at_work(url)
+            if not victims:  # they are starting
+                continue
             if chance.random() < 1 / 8:
                 sitting.send_signal(signal.SIGKILL)  # its workers see that it is gone, and stop
                 kills["kills_of_all"] += 1
                 return sitting.wait()
-            if victims:
-                chance.choice(victims).send_signal(signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(chance.choice(victims), signal.SIGKILL)
                 kills["kills"] += 1
 
 
-def _workers(pid: int) -> list[psutil.Process]:
-    """Worker processes of a sitting; not multiprocessing's resource tracker."""
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process(pid).children():
-            with contextlib.suppress(psutil.Error):  # a zombie
-                if "spawn_main" in " ".join(process.cmdline()):
-                    found.append(process)
-    return found
+def _at_work(url: str) -> list[int]:
+    """Processes that are in the middle of a trial, on this machine."""
+    try:
+        trials = optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials
+    except Exception:  # not made yet
+        return []
+    pids = [int(t.user_attrs["pid"]) for t in trials if t.state.name == "RUNNING" and t.params]
+    return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
 def _found(folder: Path, trials: int) -> dict:
