@@ -116,13 +116,15 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(t
 
 def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/optuna/study.db"
-    sitting = Sitting(tmp_path, **{"tune.trials": 4, "tune.workers": 2})
+    sitting = Sitting(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
     until(at_work(url, 2))
     workers = sitting.workers()
     sitting.process.kill()
     _, alive = psutil.wait_procs(workers, SECONDS)
     assert not alive
-    assert [t.user_attrs["stopped"] for t in trials(url)] == [True, True], "their trials were not handed back"
+    left = [t for t in trials(url) if t.state.name != "COMPLETE"]
+    assert left, "they went on"
+    assert {(t.state.name, t.user_attrs["stopped"]) for t in left} == {("FAIL", True)}, "trials were not handed back"
 
 
 @pytest.mark.postgres
