@@ -292,6 +292,22 @@ def test_a_store_that_is_no_database_is_one_line(place: Path, tiny: Callable[...
     assert "\n" not in str(caught.value)
 
 
+def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("the server closed\nthe connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.trial.Trial, "report", away)
+        with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
+            tuning.tune(tiny(**TUNE))
+    assert states() == ["RUNNING"]
+    monkeypatch.setattr("diffusion.tuning_study.is_alive", lambda tags: False)
+    tuning.tune(tiny(**TUNE))
+    assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]
+
+
 def test_best_is_the_least_of_the_table_and_goes_into_params(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -434,7 +450,7 @@ def test_the_figures_are_drawn(
     params = tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/study.db", "tune.trials": 5})
     monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
     tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
-    drawn = {path.name for path in paths.TUNING.glob("*.png")}
+    drawn = {path.name for path in paths.TUNING_FIGURES.glob("*.png")}
     assert drawn == {"history.png", "importance.png", "parallel.png", "slice.png", "intermediate.png"}
 
 

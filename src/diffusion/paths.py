@@ -54,6 +54,7 @@ REPORT = Path("report")
 TUNING = Path("tuning")
 TRIALS_CSV = TUNING / "trials.csv"
 BEST_YAML = TUNING / "best.yaml"
+TUNING_FIGURES = TUNING / "figures"
 
 # outside DVC's outs, which DVC deletes before a stage runs
 DOWNLOADS = ROOT / "data/downloads"

@@ -29,7 +29,7 @@ from diffusion.provenance import code_digest
 from diffusion.training import fingerprint
 from diffusion.tuning_report import Ledger, draw_figures
 from diffusion.tuning_space import read_space, trial_config
-from diffusion.tuning_study import SharedStudy, shown, storage_url
+from diffusion.tuning_study import SharedStudy, answering, shown, storage_url
 from diffusion.tuning_trial import Objective, Trainings
 from diffusion.tuning_worker import POLL_SECONDS, Job, work, worker
 
@@ -58,7 +58,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
         UserError: the store does not answer, a worker failed, or another trainer is at work here.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the trials at work were saved.
     """
-    with only_trainer(paths.RUNS / name), StopRequest() as stop:
+    with only_trainer(paths.RUNS / name), StopRequest() as stop, answering():
         shared = SharedStudy(name, params, url)
         run_id = shared.study.user_attrs.get("mlflow_run_id")  # of an earlier sitting, or another machine
         tracker = tracking.open_run(params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=run_id)

@@ -17,7 +17,7 @@ from diffusion.tuning_study import COUNTED, SharedStudy, quiet
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-FIGURES = {  # file in tuning/ -> function of optuna.visualization.matplotlib
+FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matplotlib
     "history.png": "plot_optimization_history",
     "importance.png": "plot_param_importances",
     "parallel.png": "plot_parallel_coordinate",
@@ -100,14 +100,14 @@ class Ledger:
 
 
 def draw_figures(shared: SharedStudy) -> None:
-    """Draw FIGURES into tuning/; one that these trials are too few for is left out."""
+    """Draw FIGURES into tuning/figures/; one that these trials are too few for is left out."""
     import optuna
     from optuna.visualization import matplotlib as charts
 
     study = optuna.load_study(study_name=shared.name, storage=shared.storage)
     reasons = []
     for name, function in FIGURES.items():
-        path = paths.TUNING / name
+        path = paths.TUNING_FIGURES / name
         path.unlink(missing_ok=True)
         try:
             with quiet():

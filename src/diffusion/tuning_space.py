@@ -20,7 +20,7 @@ NOT_SEARCHED = {  # no trial's value depends on them, or the study sets them
     **{f"train.{key}": "it is no setting" for key in ("log_every", "checkpoint_every", "preview_every")},
     **{f"train.{key}": "every trial is scored alike" for key in ("preview_images", "preview_steps")},
 }
-DIGITS = 3  # of a number on a continuous scale: what is trained is what the tables say
+DIGITS = 4  # of a number on a continuous scale: what is trained is what the tables say
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from diffusion import paths
 from diffusion.config import Params, TuneConfig
@@ -244,6 +244,30 @@ def _open_storage(url: str) -> "RDBStorage":
             reason = " ".join(str(error).split())[:200]
             time.sleep(attempt)  # another machine may be making the tables at this moment
     raise UserError(f"the store {shown(url)} cannot be used ({reason}): start it, or name another in tune.storage")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn the errors of a store that goes away meanwhile into one line.
+
+    Raises:
+        UserError: in place of SQLAlchemy's and Optuna's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the store does not answer ({reason}); `make tune` goes on when it does") from None
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the store does not answer: no fault of a trial."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, StorageInternalError | SQLAlchemyError | Timeout)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from diffusion import paths
 from diffusion.config import Params
 from diffusion.errors import UserError
 from diffusion.fit import StopRequest
-from diffusion.tuning_study import SharedStudy
+from diffusion.tuning_study import SharedStudy, answering, is_outage
 from diffusion.tuning_trial import Attempt, Line, LostError, Objective, PrunedError
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def worker(job: Job, number: int, parent: int) -> None:
     with StopRequest() as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            work(job, number, lambda: stop.asked or os.getppid() != parent)
+            with answering():
+                work(job, number, lambda: stop.asked or os.getppid() != parent)
         except UserError as error:
             click.secho(f"worker {number}: error: {error}", fg="red", err=True)
             sys.exit(2)
@@ -86,6 +87,8 @@ def _do(
         shared.tell(trial, "FAIL", stopped=True)
         return
     except BaseException as error:
+        if is_outage(error):
+            raise  # tried again when this process is gone
         shared.tell(trial, "FAIL", final=True, reason=f"{type(error).__name__}: {error}")
         raise
     else:

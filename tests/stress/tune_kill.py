@@ -52,7 +52,7 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
         kills["sittings"] += 1
         sitting = subprocess.Popen(command, cwd=folder, env=environment)
         status = _harass(sitting, url, every, chance, kills)
-    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, trials)}
+    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, url, trials)}
 
 
 def _harass(
@@ -89,7 +89,7 @@ def _at_work(url: str) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def _found(folder: Path, trials: int) -> dict:
+def _found(folder: Path, url: str, trials: int) -> dict:
     """What the table and the trials' own records say."""
     with (folder / "tuning/trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -99,13 +99,15 @@ def _found(folder: Path, trials: int) -> dict:
     begun = set(first.values())
     records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
-    rates = {row["train.lr"] for row in rows} - {""}  # killed before it had one
+    drawn = {
+        t.params["train.lr"] for t in optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials if t.params
+    }
     checks = {
         "finished_is_what_was_asked_for": sum(finished.values()) == trials,
         "none_running": states["RUNNING"] == states["WAITING"] == 0,
         "none_lost": begun == set(finished),
         "none_twice": max(finished.values()) == 1 and twice == 0,
-        "none_proposed_twice": len(rates) == trials,
+        "none_proposed_twice": len(drawn) == trials,
     }
     return {"states": dict(states), "steps_done_twice": twice, **checks, "all_hold": all(checks.values())}
 
