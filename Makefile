@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint tune ui sync serve promote report bench bench-quality clean
+.PHONY: help setup run test lint tune tune-apply tune-report ui sync serve promote report bench bench-quality clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -26,8 +26,14 @@ test: setup  ## the test suite
 lint: setup  ## style and types
 	@ruff check . && ruff format --check . && mypy
 
-tune: setup  ## search learning rate and schedules with Optuna
-	@$(BIN)/python -m stages.tune
+tune: setup  ## search learning rate and schedules with Optuna: make tune [STORAGE=postgresql://...]
+	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m stages.tune
+
+tune-apply: setup  ## write what the search found into params.yaml and show the difference
+	@$(BIN)/python -m diffusion.tuning_apply
+
+tune-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
+	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion.tuning_dashboard --port $(PORT)
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
 	@$(BIN)/python -m diffusion.ui --port $(PORT)

@@ -65,11 +65,27 @@ def _converted(text: Any, kind: Any) -> Any:
         if isinstance(text, str) or (one_each and len(text) != len(inner)):
             raise ValueError(text)
         return tuple(_converted(item, inner[i] if one_each else inner[0]) for i, item in enumerate(text))
+    if origin is dict:
+        return {key: _scalar(value) for key, value in text.items()}
     if origin in (Union, types.UnionType):
         return None if type(None) in inner and text in NULL else _first(text, inner)
     scalars: Mapping[Any, Callable[[str], Any]] = {bool: lambda t: {"true": True, "false": False}.get(t, _Refused)}
     value = scalars.get(kind, kind)(text)
     return _refuse(text) if value is _Refused else value
+
+
+def _scalar(text: Any) -> Any:
+    """What texts stand for in YAML 1.2, inside lists and mappings too: of a key without a type."""
+    if isinstance(text, dict):
+        return {key: _scalar(value) for key, value in text.items()}
+    if isinstance(text, list):
+        return [_scalar(value) for value in text]
+    if text in NULL:
+        return None
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _first(text: Any, kinds: Iterable[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 Random weights in the published file's format, CIFAR-10's test images, in turns, each in a process of its own.
 Every contestant computes in float32 but the one that says bf16. Memory is the peak of a process that streams 2,000 or
-50,000 samples through features of 2,048 dimensions, with moments alone, and with as many features kept as params.yaml says.
+50,000 samples through features of 2,048 dimensions, with moments alone, and with features kept as params.yaml says.
 Needs the data: run `dvc repro prepare` once.
 """
 

@@ -74,7 +74,7 @@ def test_settings_are_typed_by_the_schema(load_script: Any) -> None:
         ("train.steps=2.5", "a whole number"),
         ("train.flip=perhaps", "true or false"),
         ("diffusion.schedule=cosin", "linear, cosine, sigmoid"),
-        ("tune.lr=[1e-3]", "tune.lr"),
+        ("tune.space=[1e-3]", "tune.space"),
     ],
 )
 def test_a_bad_setting_is_refused(load_script: Any, setting: str, words: str) -> None:

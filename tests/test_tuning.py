@@ -1,4 +1,4 @@
-"""The search: how many trials, which points, what is written. Trainings are real, scores mostly a formula."""
+"""The search in one process: how many trials, which points, what is written. Trainings are real, scores a formula."""
 
 import csv
 import math
@@ -7,31 +7,41 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fast_trials
 import numpy as np
 import optuna
 import pytest
-from conftest import REPO, TINY
+from conftest import REPO
 from ruamel.yaml import YAML
 
-from diffusion import config, paths, training, tuning
+from diffusion import config, paths, training, tuning, tuning_apply, tuning_trial
 from diffusion.data import Dataset
 from diffusion.errors import UserError
-from diffusion.evaluation import evaluate
-from diffusion.export import load_model, save_model
-from diffusion.features import EfficientNetLite0
-from diffusion.parameterization import Denoiser
-from diffusion.previews import preview_config
-from diffusion.reference import Reference, make_reference
-from diffusion.runtime import resolve_device
-from diffusion.sampling import generate
-from diffusion.schedules import make_schedule
+from diffusion.journal import Tracker
+from diffusion.reference import Reference
 from diffusion.training import Record, Trainer
+from diffusion.tuning_study import SharedStudy, quiet, storage_url
+from diffusion.tuning_trial import Attempt
 
-TUNE = {"tracking.enabled": False, "tune.images_per_trial": 8, "tune.sample_images": 4, "tune.trials": 3}
+SPACE = {
+    "train.lr": {"low": 2e-4, "high": 5e-3, "log": True},
+    "train.lr_schedule": ["constant", "cosine", "linear"],
+    "diffusion.schedule": ["linear", "cosine", "sigmoid"],
+}
+TUNE = {
+    "tracking.enabled": False,
+    "tune.images_per_trial": 32,
+    "tune.sample_images": 4,
+    "tune.trials": 3,
+    "tune.workers": 1,
+    "tune.pruner": "none",
+    "tune.space": SPACE,
+}
 
 
 class StubExtractor:
@@ -48,11 +58,14 @@ class StubExtractor:
 def place(tmp_path: Path, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with a reference; the score is a formula of the setting, least at lr 1e-3."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(paths, "OPTUNA_DB", tmp_path / "optuna/study.db")
     monkeypatch.setattr(Dataset, "load", lambda: tiny_data)
     monkeypatch.setattr(tuning, "EfficientNetLite0", StubExtractor)
-    monkeypatch.setattr(tuning, "score", formula)
+    monkeypatch.setattr(tuning_trial, "EfficientNetLite0", StubExtractor)
+    monkeypatch.setattr(tuning_trial.Trainings, "_score", formula)
+    monkeypatch.setattr(tuning, "draw_figures", lambda shared: None)  # seconds; they have a test of their own
     write_reference(images=20)
     return tmp_path
 
@@ -62,9 +75,9 @@ def write_reference(images: int) -> None:
     Reference(np.zeros(2), np.eye(2), key).save(paths.REFERENCE / "fd_lite0.npz")
 
 
-def formula(trainer: Trainer, *_: Any) -> float:
+def formula(_: object, trainer: Trainer, attempt: Attempt, *rest: Any) -> float:
     assert trainer.progress.step == trainer.config.train.steps, "scored before the training's end"
-    return 10.0 + abs(math.log10(trainer.config.train.lr) + 3) + len(trainer.config.diffusion.schedule)
+    return fast_trials.value(trainer.config.train.lr, trainer.config.diffusion.schedule)
 
 
 def table() -> list[dict[str, str]]:
@@ -80,128 +93,294 @@ def studies() -> list[str]:
     return optuna.get_all_study_names(f"sqlite:///{paths.OPTUNA_DB}")
 
 
+def name_of(params: config.Params) -> str:
+    reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
+    return tuning.study_name(params, "tiny", reference)
+
+
 def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes after the first step of trial number `trials` (from 0) of the sitting."""
+    """SIGTERM comes after the fifth step of trial number `trials` (from 0) of the sitting."""
     seen: list[Path] = []
 
     def interrupted(trainer: Trainer) -> Iterator[Record]:
         seen.append(trainer.folder)
         for record in training.train(trainer):
-            if len(seen) > trials:
+            if len(seen) > trials and record.step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield record
 
-    monkeypatch.setattr(tuning, "train", interrupted)
+    monkeypatch.setattr(tuning_trial, "train", interrupted)
 
 
-def test_trials_are_counted_over_all_sittings(
+def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 5})
     stop_after(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after 2 trials; `make tune` goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after 2 of 5 trials; `make tune` goes on"):
         tuning.tune(params)
     assert states() == ["COMPLETE", "COMPLETE", "FAIL"]
-    assert len(list(paths.RUNS.glob("*/step_00000001-*.pt"))) == 1, "the stopped training was saved"
-    monkeypatch.setattr(tuning, "train", training.train)
+    assert [path.parent.name[-4:] for path in paths.RUNS.glob("*/step_00000005-*.pt")] == ["0002"]
+    begun: list[int] = []
+
+    def watched(trainer: Trainer) -> Iterator[Record]:
+        begun.append(trainer.progress.step)
+        return training.train(trainer)
+
+    monkeypatch.setattr(tuning_trial, "train", watched)
     tuning.tune(params)
-    assert sorted(states()) == ["COMPLETE"] * 5 + ["FAIL"]
+    rows = table()
+    assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert begun == [5, 0, 0], "the stopped training was not resumed"
+    assert (rows[2]["reason"], rows[3]["retry_of"]) == ("stopped", "2")
+    assert [rows[3][key] for key in SPACE] == [rows[2][key] for key in SPACE]
     tuning.tune(params)  # nothing left
     assert len(table()) == 6
-    tuning.tune(tiny(**TUNE | {"tune.trials": 6}))  # raised: the same study goes on
+    tuning.tune(tiny(**TUNE | {"tune.trials": 6, "tune.sampler": "random"}))  # the same study goes on
     assert states().count("COMPLETE") == 6
     assert len(studies()) == 1
+    assert not [*paths.RUNS.glob("*/step_*.pt")], "checkpoints of finished trials stay"
 
 
-def test_a_trial_that_is_asked_to_stop_while_it_is_scored_counts(
-    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(trainer: Trainer, *rest: Any) -> float:
-        os.kill(os.getpid(), signal.SIGINT)
-        return formula(trainer, *rest)
-
-    monkeypatch.setattr(tuning, "score", stopped)
-    for done in (1, 2):
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after {done} trials"):
-            tuning.tune(tiny(**TUNE))
-    tuning.tune(tiny(**TUNE))  # the last one needs no going on
-    assert states() == ["COMPLETE"] * 3
-
-
-def test_no_point_is_proposed_twice(
+def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 6})
-    for _ in range(3):
+    for _ in range(2):
         stop_after(1, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             tuning.tune(params)
-    monkeypatch.setattr(tuning, "train", training.train)
+    monkeypatch.setattr(tuning_trial, "train", training.train)
     tuning.tune(params)
-    rates = [float(row["train.lr"]) for row in table()]
-    assert len(rates) == 9
-    assert len(set(rates)) == len(rates)
-    assert all(params.tune.lr[0] <= rate <= params.tune.lr[1] for rate in rates)
+    rates = [float(row["train.lr"]) for row in table() if not row["retry_of"]]
+    assert len(rates) == len(set(rates)) == 6
+    assert all(2e-4 <= rate <= 5e-3 for rate in rates)
+    assert table()[0]["train.lr"] == str(params.train.lr)
 
 
-def test_a_trial_that_a_dead_process_left_running_fails_and_does_not_count(
+def test_other_seeds_propose_other_points(place: Path, tiny: Callable[..., config.Params]) -> None:
+    proposed = []
+    for seed in (None, 1, 1):
+        params = tiny(**TUNE | {"tune.trials": 2, "tune.seed": seed})
+        tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+        proposed.append(table()[1]["train.lr"])
+        paths.OPTUNA_DB.unlink()
+    assert proposed[0] != proposed[1] == proposed[2]
+
+
+def fast_trials_at_once(params: config.Params) -> Callable[[Attempt], float]:
+    return lambda attempt: 1.0
+
+
+def test_a_trial_that_a_dead_process_left_running_is_tried_again_and_counts_once(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
     params = tiny(**TUNE)
-    reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
-    name = tuning.study_name(params, "tiny", reference)
-    paths.OPTUNA_DB.parent.mkdir()
-    killed = f"import optuna, os, signal; s = optuna.create_study(study_name={name!r}, storage=" + (
-        f"'sqlite:///{paths.OPTUNA_DB}'); s.ask(); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    assert subprocess.run([sys.executable, "-c", killed], capture_output=True, check=False).returncode == -9
-    with sqlite3.connect(paths.OPTUNA_DB) as database:
-        assert database.execute("SELECT state FROM trials").fetchall() == [("RUNNING",)]
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    rate = shared.space[0].suggest(trial)
+    trial.report(7.0, 4)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    trial.set_user_attr("pid", str(dead.pid))
+    tuning.tune(params)
+    rows = table()
+    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert (rows[0]["reason"], rows[1]["retry_of"]) == ("its worker was killed", "0")
+    assert rows[0]["train.lr"] == rows[1]["train.lr"] == str(rate)
+    again = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}").trials[1]
+    assert again.intermediate_values[4] == 7.0, "what the first try reported is lost"
+
+
+def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Killed between asking and signing: the trial names no process."""
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    with quiet():
+        shared.study.ask()
     tuning.tune(params)
     assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
 
 
-def test_best_is_the_least_of_the_table_and_loads_as_overrides(
+def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tuning_study.MAX_KILLS", 2)
+    params = tiny(**TUNE | {"tune.trials": 1})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    for _ in range(3):
+        trial = shared.claim()
+        assert trial
+        shared.space[0].suggest(trial)
+        trial.set_user_attr("pid", "999999999")
+    with shared.alone():
+        shared.recover()
+        shared.recover()  # changes nothing
+    assert [t.state.name for t in shared.trials()] == ["FAIL"] * 3
+    assert len({t.params["train.lr"] for t in shared.trials()}) == 1
+    new = shared.claim()
+    assert new
+    assert "failed_trial" not in shared.trials()[new.number].system_attrs
+
+
+def test_a_worker_that_was_taken_for_dead_does_not_spoil_what_came_after(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes after its trial was given to another: the value counts once, and it goes on with another trial."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    late = shared.claim()
+    assert late
+    late.set_user_attr("pid", "999999999")
+    other = SharedStudy(name_of(params), params, storage_url(params.tune)).claim()
+    assert other
+    assert not shared.tell(late, "COMPLETE", 1.0)
+    assert shared.tell(other, "COMPLETE", 2.0)
+    assert [(t.state.name, t.values) for t in shared.trials()] == [("FAIL", None), ("COMPLETE", [2.0])]
+
+
+def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE)
+    views = [SharedStudy(name_of(params), params, storage_url(params.tune)) for _ in range(2)]
+    claimed = [views[i % 2].claim() for i in range(4)]
+    assert [trial and trial.number for trial in claimed] == [0, 1, 2, None]
+    views[0].tell(claimed[0], "FAIL", final=True, reason="bad")
+    assert [views[1].claim().number, views[0].claim()] == [3, None]
+
+
+def test_the_store_is_in_wal_mode_with_heartbeats(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    with shared.beating(trial), sqlite3.connect(paths.OPTUNA_DB) as database:
+        assert database.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+        for _ in range(500):
+            beats = database.execute("SELECT trial_id FROM trial_heartbeats").fetchall()
+            if beats:
+                break
+            time.sleep(0.02)
+    assert beats == [(trial._trial_id,)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variable", "words"),
+    [
+        ({"tune.workers": 5}, "", ["tune.workers = 5", "more than 4", "postgresql://"]),
+        ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://me:***@host/db", "neither", "postgresql://"]),
+        ({}, "redis://host", ["redis://host", "neither"]),
+    ],
+    ids=str,
+)
+def test_a_store_that_will_not_do_is_refused(
+    overrides: dict[str, Any],
+    variable: str,
+    words: list[str],
+    tiny: Callable[..., config.Params],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", variable)
+    with pytest.raises(UserError) as caught:
+        storage_url(tiny(**overrides).tune)
+    for word in words:
+        assert word in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_is_no_database_is_one_line(place: Path, tiny: Callable[..., config.Params]) -> None:
+    paths.OPTUNA_DB.parent.mkdir()
+    paths.OPTUNA_DB.write_text("no database " * 100)
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        tuning.tune(tiny(**TUNE))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("the server closed\nthe connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.trial.Trial, "report", away)
+        with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
+            tuning.tune(tiny(**TUNE))
+    assert states() == ["RUNNING"]
+    monkeypatch.setattr("diffusion.tuning_study.is_alive", lambda tags: False)
+    tuning.tune(tiny(**TUNE))
+    assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]
+
+
+def test_best_is_the_least_of_the_table_and_goes_into_params(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuning.tune(tiny(**TUNE | {"tune.trials": 5, "tune.lr": [1e-6, 1e-4]}))
-    least = min(table(), key=lambda row: float(row["value"]))
-    tree = YAML(typ="safe", pure=True).load(paths.BEST_YAML)
-    overrides = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    assert {key: str(value) for key, value in overrides.items()} == {key: least[key] for key in tuning.SEARCHED}
-    params = config.load(REPO / "params.yaml", {**TINY, **overrides})
-    assert params.train.lr == float(least["train.lr"])
-    for row in table():
-        exact = 10.0 + abs(math.log10(float(row["train.lr"])) + 3) + len(row["diffusion.schedule"])
-        assert float(row["value"]) == exact
+    tuning.tune(tiny(**TUNE | {"tune.trials": 5}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
     assert [line.split(":")[0] for line in lines] == [f"trial {i} ({i + 1} of 5)" for i in range(5)]
+    least = min(table(), key=lambda row: float(row["value"]))
     assert f"best {float(least['value']):.2f} (trial {least['number']})" in lines[-1]
+    for row in table():
+        assert float(row["value"]) == fast_trials.value(float(row["train.lr"]), row["diffusion.schedule"])
+    tree = YAML(typ="safe", pure=True).load(paths.BEST_YAML)
+    overrides = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    assert {key: str(value) for key, value in overrides.items()} == {key: least[key] for key in SPACE}
+
+    file = place / "params.yaml"
+    file.write_text((REPO / "params.yaml").read_text())
+    difference = tuning_apply.apply(paths.BEST_YAML, file)
+    assert config.load(file) == config.load(REPO / "params.yaml", overrides)
+    before, after = (REPO / "params.yaml").read_text().splitlines(), file.read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    wanted = [key for key, value in overrides.items() if value != config.flat(config.load(REPO / "params.yaml"))[key]]
+    assert len(changed) == len([line for line in difference.splitlines() if line.startswith("+  ")]) == len(wanted)
+    assert [old.partition("#")[2] for old, _ in changed] == [new.partition("#")[2] for _, new in changed]
+    assert tuning_apply.apply(paths.BEST_YAML, file) == ""
+
+
+def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None:
+    file, best = tmp_path / "params.yaml", tmp_path / "best.yaml"
+    file.write_text((REPO / "params.yaml").read_text())
+    with pytest.raises(UserError, match="run `make tune` first"):
+        tuning_apply.apply(best, file)
+    best.write_text("{}\n")
+    with pytest.raises(UserError, match="no values yet"):
+        tuning_apply.apply(best, file)
+    best.write_text("train:\n  lr: 7\n")
+    with pytest.raises(UserError, match=r"params\.yaml: train\.lr = 7"):
+        tuning_apply.apply(best, file)
+    assert file.read_text() == (REPO / "params.yaml").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.yaml", "params.yaml"]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"tune.lr": [1e-4, 1e-3]}, {"tune.schedules": ["cosine"]}, {"train.ema_decay": 0.5}, {"seed": 1}],
+    [
+        {"tune.space": SPACE | {"train.lr": {"low": 1e-4, "high": 1e-3}}},
+        {"tune.space": SPACE | {"diffusion.schedule": ["cosine"]}},
+        {"train.ema_decay": 0.5},
+        {"tune.images_per_trial": 64},
+        {"seed": 1},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_changed_setting_is_another_study(
     place: Path, tiny: Callable[..., config.Params], change: dict[str, Any]
 ) -> None:
-    tuning.tune(tiny(**TUNE | {"tune.trials": 1}))
-    tuning.tune(tiny(**TUNE | {"tune.trials": 2} | change))
-    assert states() == ["COMPLETE"] * 2
-    assert len(studies()) == 2
+    assert name_of(tiny(**TUNE)) != name_of(tiny(**TUNE | change))
 
 
-def test_applying_the_best_values_keeps_the_study(place: Path, tiny: Callable[..., config.Params]) -> None:
+def test_applying_the_best_values_or_searching_otherwise_keeps_the_study(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
     searched = {"train.lr": 1e-5, "train.lr_schedule": "constant", "diffusion.schedule": "sigmoid"}
-    reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
-    names = {tuning.study_name(tiny(**TUNE | values), "tiny", reference) for values in ({}, searched)}
+    how = {"tune.trials": 9, "tune.workers": 3, "tune.sampler": "gp", "tune.pruner": "median", "tune.storage": "x"}
+    names = {name_of(tiny(**TUNE | values)) for values in ({}, searched, how, {"tune.seed": 4})}
     assert len(names) == 1
+    reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
     assert tuning.study_name(tiny(**TUNE), "other data", reference) not in names
 
 
-@pytest.mark.parametrize("kind", ["raises", "never finite"])
+@pytest.mark.parametrize("kind", ["raises", "never finite", "not a number"])
 def test_divergence_prunes_with_the_reason(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -212,66 +391,135 @@ def test_divergence_prunes_with_the_reason(
         if len(made) == 1:
             if kind == "raises":
                 raise UserError("the loss was not finite")
-            return
+            if kind == "never finite":
+                return
+            next(trainer.ema.net.parameters()).data.fill_(math.nan)
         yield from training.train(trainer)
 
-    monkeypatch.setattr(tuning, "train", diverging)
+    monkeypatch.setattr(tuning_trial, "train", diverging)
     tuning.tune(tiny(**TUNE))
     assert states() == ["PRUNED", "COMPLETE", "COMPLETE"]
-    assert "not finite" in table()[0]["reason"] or "never finite" in table()[0]["reason"]
+    words = {"raises": "not finite", "never finite": "never finite", "not a number": "the error is nan after 4 images"}
+    assert words[kind] in table()[0]["reason"]
     assert table()[0]["value"] == ""
 
 
-def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Params]) -> None:
-    base = config.load(REPO / "params.yaml")
-    cut = tuning.trial_config(base, {"train.lr": 3e-4, "diffusion.schedule": "sigmoid"})
-    assert (cut.train.lr, cut.diffusion.schedule, cut.train.lr_schedule) == (3e-4, "sigmoid", base.train.lr_schedule)
-    assert cut.train.steps == base.tune.images_per_trial // base.train.batch_size
-    assert cut.train.warmup_steps / cut.train.steps == pytest.approx(
-        base.train.warmup_steps / base.train.steps, rel=0.1
-    )
-    shortest = tuning.trial_config(tiny(**{"tune.images_per_trial": 1}), {}).train
-    every = (shortest.log_every, shortest.validate_every, shortest.preview_every, shortest.checkpoint_every)
-    assert (shortest.steps, shortest.warmup_steps, *every) == (1, 0, 1, 1, 1, 1)
-    whole = tiny(**{"tune.images_per_trial": 32})  # 8 steps of 4: nothing to cut
-    assert tuning.trial_config(whole, {}) == config.trained(whole)
+def test_the_median_prunes_what_does_worse_half_way(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Three good trials, then bad ones: pruned at half of the images, not before."""
+    params = tiny(**TUNE | {"tune.trials": 6, "tune.pruner": "median"})
+    tuning.search("0" * 16, params, storage_url(params.tune), worse_after_three)
+    rows = table()
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + ["PRUNED"] * 3
+    assert all(row["reason"] == "median: an error of 9 after 16 images" for row in rows[3:])
+    assert all(row["value"] == "" and row["error"] == "9.0" for row in rows[3:])
+
+
+def worse_after_three(params: config.Params) -> Callable[[Attempt], float]:
+    def objective(attempt: Attempt) -> float:
+        for images in range(4, 33, 4):
+            attempt.report(images, 1.0 if attempt.number < 3 else 9.0)
+        return 1.0
+
+    return objective
+
+
+def test_reports_are_at_the_same_images_whatever_the_batch(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.images_per_trial": 48, "tune.space": {"train.batch_size": [2, 3, 4]}})
+    tuning.tune(params)
+    study = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}")
+    assert {tuple(trial.intermediate_values) for trial in study.trials} == {(6, 12, 18, 24, 30, 36, 42, 48)}
+    assert {trial.params["train.batch_size"] for trial in study.trials} > {4}
+
+
+def test_an_error_that_is_no_fault_of_the_values_ends_the_search(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    params = tiny(**TUNE)
+    with pytest.raises(ZeroDivisionError):
+        tuning.search("0" * 16, params, storage_url(params.tune), broken)
+    assert (states(), table()[0]["reason"]) == (["FAIL"], "ZeroDivisionError: division by zero")
+
+
+def broken(params: config.Params) -> Callable[[Attempt], float]:
+    return lambda attempt: 1 / 0
+
+
+def test_the_figures_are_drawn(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(paths, "RUNS", place / "runs")
+    params = tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/study.db", "tune.trials": 5})
+    monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
+    drawn = {path.name for path in paths.TUNING_FIGURES.glob("*.png")}
+    assert drawn == {"history.png", "importance.png", "parallel.png", "slice.png", "intermediate.png"}
 
 
 def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., config.Params]) -> None:
     write_reference(images=19)
-    with pytest.raises(UserError, match="other images than the evaluate section names: run `dvc repro reference`"):
+    with pytest.raises(UserError, match=r"images was 19, is 20\): run `dvc repro .*reference"):
         tuning.tune(tiny(**TUNE))
     (paths.REFERENCE / "fd_lite0.npz").unlink()
     with pytest.raises(UserError, match=r"fd_lite0.npz cannot be used .* run `dvc repro .*reference`"):
         tuning.tune(tiny(**TUNE))
 
 
-def test_the_score_is_what_the_stages_would_give(
-    tmp_path: Path, tiny: Callable[..., config.Params], tiny_data: Dataset
-) -> None:
-    params, device = tiny(**TUNE), resolve_device("cpu")
-    extractor = EfficientNetLite0()
-    reference = make_reference(tiny_data.images[:20].numpy(), "train", extractor, 10, device)
-    trainer = Trainer(config.trained(params), tiny_data, tmp_path / "run", device)
-    for _ in training.train(trainer):
-        pass
-    save_model(tmp_path / "model.safetensors", trainer.best, trainer.config, {})
-    for parameter in trainer.ema.net.parameters():
-        parameter.data.mul_(0.5)  # as if training had gone on and become worse
-    value = tuning.score(trainer, params, reference, extractor)
-    params = tiny(**TUNE, **{"evaluate.measures": ["frechet"]})
-
-    net, card = load_model(tmp_path / "model.safetensors")  # the way of the sample and evaluate stages
-    schedule = make_schedule(card.diffusion.schedule, card.diffusion.num_steps)
-    denoiser = Denoiser(net, schedule, card.diffusion.prediction, dtype=trainer.dtype, clip_x0=True)
-    images = [batch.numpy() for batch in generate(denoiser, preview_config(card.train), card.seed, range(4), device)]
-    np.savez(tmp_path / "images.npz", images=np.concatenate(images))
-    reference.save(tmp_path / "fd_lite0.npz")
-    assert value == pytest.approx(evaluate(params, tmp_path / "images.npz", {}, tmp_path)["fd_lite0_4"], rel=1e-6)
-
-
 def test_the_library_imports_without_optuna() -> None:
-    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune"
+    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune, diffusion.tuning_dashboard"
     path = f"{REPO}/src:{REPO}"
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_each_trial_is_a_run_below_the_studys(
+    place: Path, database: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def pictured(self: tuning_trial.Trainings, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> float:
+        if attempt.number == 1:
+            raise tuning_trial.PrunedError("not worth it")
+        monkeypatch.setattr(tuning_trial, "score", lambda *_: formula(self, trainer, attempt))
+        return real_score(self, trainer, attempt, tracker)
+
+    monkeypatch.setattr(tuning_trial.Trainings, "_score", pictured)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # of somebody else
+    params = tiny(**TUNE | {"tracking.enabled": True, "tune.storage": f"sqlite:///{place}/optuna/study.db"})
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(params)
+    monkeypatch.setattr(tuning_trial, "train", training.train)
+    tuning.tune(params)
+
+    client = MlflowClient(f"sqlite:///{database}")
+    experiment = client.get_experiment_by_name("cifar10-diffusion").experiment_id
+    found = {run.info.run_name: run for run in client.search_runs([experiment])}
+    parent = found.pop(f"tune-{name_of(params)}")
+    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
+    assert set(found) == {"trial 0", "trial 1", "trial 2"}, "the trial that was tried again has another run"
+    assert {name: run.data.tags["trial.state"] for name, run in found.items()} == {
+        "trial 0": "COMPLETE",
+        "trial 1": "PRUNED",
+        "trial 2": "COMPLETE",
+    }
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found["trial 1"].data.tags["trial.reason"] == "not worth it"
+    assert found["trial 2"].data.tags["optuna.trial"] == "3"
+    rows = {row["retry_of"] or row["number"]: row for row in table() if row["state"] == "COMPLETE"}
+    for number in ("0", "2"):
+        run = found[f"trial {number}"]
+        assert run.data.params["train.lr"] == rows[number]["train.lr"]
+        assert run.data.metrics["fd_lite0"] == float(rows[number]["value"])
+        curve = client.get_metric_history(run.info.run_id, "val/common_error")
+        assert sorted({point.step for point in curve}) == list(range(1, 9))
+        assert [file.path for file in client.list_artifacts(run.info.run_id, "samples")] == ["samples/samples.png"]
+    least = min(rows.values(), key=lambda row: float(row["value"]))
+    assert parent.data.tags["best_trial"] == least["number"]
+    assert {key: parent.data.tags[f"best_{key}"] for key in SPACE} == {key: least[key] for key in SPACE}
+    assert parent.data.metrics["best/fd_lite0"] == float(least["value"])
+    assert {file.path for file in client.list_artifacts(parent.info.run_id, "tuning")} >= {"tuning/trials.csv"}
+
+
+real_score = tuning_trial.Trainings._score

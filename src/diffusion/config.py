@@ -146,11 +146,14 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class TuneConfig:
     trials: Count
+    workers: Processes
     images_per_trial: Count
     sample_images: Annotated[int, Range(2, 50_000)]
-    lr: tuple[Annotated[float, Range(1e-8, 1.0)], Annotated[float, Range(1e-8, 1.0)]]
-    lr_schedules: tuple[Literal["constant", "cosine", "linear"], ...]
-    schedules: tuple[Schedule, ...]
+    sampler: Literal["tpe", "random", "gp"]
+    pruner: Literal["median", "hyperband", "none"]
+    storage: str | None
+    seed: Seed | None
+    space: dict[str, Any]  # dotted key -> description: tuning_space.py reads it
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Par
     tree = _read_yaml(Path(path))
     for key, value in (overrides or {}).items():
         if key not in schema():
-            raise UserError(f"{path}: {_unknown(key)}")
+            raise UserError(f"{path}: {unknown(key)}")
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     try:
@@ -221,7 +224,7 @@ def from_dict(tree: Mapping[str, Any]) -> Params:
     known = schema()
     for key in _dotted(tree):  # pydantic would say "unexpected keyword"; the nearest real key is what helps
         if key not in known and key not in _sections():
-            raise UserError(_unknown(key))
+            raise UserError(unknown(key))
     try:
         params = TypeAdapter(Params).validate_python(tree)
     except ValidationError as error:
@@ -326,7 +329,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"{key} = {error['input']!r} is not allowed: it must be {allowed(kind)}"
 
 
-def _unknown(key: str) -> str:
+def unknown(key: str) -> str:
     near = difflib.get_close_matches(key, [*schema(), *_sections()], n=1, cutoff=0.0)[0]
     return f"unknown key {key}: did you mean {near}?"
 

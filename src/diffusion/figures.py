@@ -179,6 +179,14 @@ def save(figure: Figure, path: Path) -> None:
     pictures.save_png(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3]), path)
 
 
+def save_pyplot(figure: Figure, path: Path) -> None:
+    """As `save`, for a figure that another library made with pyplot, which is told to forget it."""
+    from matplotlib import pyplot
+
+    save(figure, path)
+    pyplot.close(figure)
+
+
 def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """Title, labels, grid and colours that all charts share; x counts something."""
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=10)

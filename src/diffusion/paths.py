@@ -52,8 +52,10 @@ EVALUATE_METRICS = Path("metrics/evaluate.json")
 REPORT = Path("report")
 
 # tune, which is no DVC stage
-TRIALS_CSV = Path("tuning/trials.csv")
-BEST_YAML = Path("tuning/best.yaml")
+TUNING = Path("tuning")
+TRIALS_CSV = TUNING / "trials.csv"
+BEST_YAML = TUNING / "best.yaml"
+TUNING_FIGURES = TUNING / "figures"
 
 # outside DVC's outs, which DVC deletes before a stage runs
 DOWNLOADS = ROOT / "data/downloads"

@@ -28,6 +28,8 @@ def allowed(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return "a list of " + allowed(get_args(kind)[0])
+    if get_origin(kind) is dict:
+        return "a mapping from keys of params.yaml to {low, high} or a list"
     if get_args(kind):  # X | None
         return " or ".join(allowed(k) for k in get_args(kind))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

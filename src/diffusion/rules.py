@@ -61,7 +61,7 @@ def _sampling(params: "Params") -> Iterator[str]:
 
 
 def _rest(params: "Params") -> Iterator[str]:
-    train, data, tune = params.train, params.data, params.tune
+    train, data = params.train, params.data
     if train.processes > train.batch_size:
         yield (
             f"train.processes = {train.processes} is more than train.batch_size = {train.batch_size}, "
@@ -75,8 +75,3 @@ def _rest(params: "Params") -> Iterator[str]:
         yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
     if not params.evaluate.measures:
         yield "evaluate.measures is empty: name at least one of frechet, kid, precision_recall, copies, infinity"
-    for key in ("lr_schedules", "schedules"):
-        if not getattr(tune, key):
-            yield f"tune.{key} is empty: name at least one, the one in use for no search"
-    if tune.lr[0] > tune.lr[1]:
-        yield f"tune.lr = {list(tune.lr)}: the lower end comes first"

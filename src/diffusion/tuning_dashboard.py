@@ -1,0 +1,37 @@
+"""`make tune-report`: optuna-dashboard's pages on the study's store, if it is installed; else how to install it."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from diffusion import paths
+from diffusion.config import load
+from diffusion.errors import UserError
+from diffusion.tuning_study import shown, storage_url
+
+
+@click.command()
+@click.option("--port", default=8080, show_default=True, help="Port on 127.0.0.1.")
+def main(port: int) -> None:
+    """Open optuna-dashboard on the store that `make tune` writes to."""
+    try:
+        url = storage_url(load(paths.PARAMS).tune)
+    except UserError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
+        click.secho(f"error: {shown(url)} does not exist yet: run `make tune` first", fg="red", err=True)
+        sys.exit(2)
+    if find_spec("optuna_dashboard") is None:
+        click.echo(f"{paths.TUNING}/ has tables and figures; pages: pip install optuna-dashboard && make tune-report")
+        return
+    click.echo(f"Studies of {shown(url)}: open http://127.0.0.1:{port}   (Ctrl-C to stop)")
+    command = [sys.executable, "-m", "optuna_dashboard", url, "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, command)
+
+
+if __name__ == "__main__":
+    main()

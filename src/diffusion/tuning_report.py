@@ -1,0 +1,134 @@
+"""What a study leaves: a table of its trials, the best values, figures, and the figures of the study's MLflow run."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from diffusion import figures, paths
+from diffusion.journal import Tracker, warn
+from diffusion.tuning_space import Value
+from diffusion.tuning_study import COUNTED, SharedStudy, quiet
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matplotlib
+    "history.png": "plot_optimization_history",
+    "importance.png": "plot_param_importances",
+    "parallel.png": "plot_parallel_coordinate",
+    "slice.png": "plot_slice",
+    "intermediate.png": "plot_intermediate_values",
+}
+
+
+class Ledger:
+    """Keeps tables, the study's run and whoever watches up to date; one process of a machine has it."""
+
+    def __init__(self, shared: SharedStudy, tracker: Tracker) -> None:
+        self.shared, self.tracker = shared, tracker
+        self._said = {trial.number for trial in shared.trials(*COUNTED, "FAIL")}
+
+    def done(self) -> "list[FrozenTrial]":
+        """Trials that count."""
+        return self.shared.trials(*COUNTED)
+
+    def update(self) -> None:
+        """Say, and write down, what has ended since the last call."""
+        new = [trial for trial in self.shared.trials(*COUNTED, "FAIL") if trial.number not in self._said]
+        for trial in new:
+            self._said.add(trial.number)
+            self._track(trial)
+            self._say(trial)
+        if new:
+            self.write()
+
+    def write(self) -> None:
+        """Write tuning/trials.csv and tuning/best.yaml, a part of a params.yaml; empty before a trial is done."""
+        table, keys = io.StringIO(), [dimension.key for dimension in self.shared.space]
+        rows = csv.DictWriter(table, ["number", "state", "value", "error", *keys, "seconds", "retry_of", "reason"])
+        rows.writeheader()
+        rows.writerows(self._row(trial) for trial in self.shared.trials())
+        replace_text(paths.TRIALS_CSV, table.getvalue())
+        leader, tree = self.shared.best(), dict[str, dict[str, Value]]()
+        for key, value in self._values(leader).items() if leader else ():
+            section, _, name = key.partition(".")
+            tree.setdefault(section, {})[name] = value
+        text = io.StringIO()
+        YAML().dump(tree, text)
+        replace_text(paths.BEST_YAML, text.getvalue())
+
+    def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
+        state, errors = trial.state.name, trial.intermediate_values
+        return {
+            "number": trial.number,
+            "state": state,
+            "value": trial.values[0] if state == "COMPLETE" else None,  # Optuna's of a pruned one is an error
+            "error": errors[max(errors)] if errors else None,
+            **self._values(trial),
+            "seconds": round(trial.duration.total_seconds(), 1) if trial.duration else None,
+            "retry_of": trial.system_attrs.get("failed_trial"),
+            "reason": _reason(trial),
+        }
+
+    def _values(self, trial: "FrozenTrial") -> dict[str, Value]:
+        return {d.key: d.used(trial.params[d.key]) for d in self.shared.space if d.key in trial.params}
+
+    def _track(self, trial: "FrozenTrial") -> None:
+        leader = self.shared.best()
+        if leader is None or trial.state.name != "COMPLETE":
+            return
+        self.tracker.metrics({"trial/fd_lite0": trial.values[0], "best/fd_lite0": leader.values[0]}, trial.number)
+        best = {f"best_{key}": str(value) for key, value in self._values(leader).items()}
+        self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **best})
+
+    def _say(self, trial: "FrozenTrial") -> None:
+        done, total, leader = self.done(), self.shared.config.trials, self.shared.best()
+        state = trial.state.name
+        result = f"fd_lite0 {trial.values[0]:.2f}" if state == "COMPLETE" else f"{state} ({_reason(trial)})"
+        drawn = ", ".join(f"{key} {value}" for key, value in self._values(trial).items()) or "-"
+        top = f"{leader.values[0]:.2f} (trial {leader.number})" if leader else "none"
+        seconds = [t.duration.total_seconds() for t in done if t.duration]
+        left = sum(seconds) / max(1, len(seconds)) * max(0, total - len(done)) / self.shared.config.workers / 60
+        clear = "\r\x1b[2K" if sys.stdout.isatty() else ""  # a worker's line may stand there
+        line = f"trial {trial.number} ({len(done)} of {total}): {result}; {drawn}; best {top}; {left:.0f} min left"
+        print(f"{clear}{line}", flush=True)
+
+
+def draw_figures(shared: SharedStudy) -> None:
+    """Draw FIGURES into tuning/figures/; one that these trials are too few for is left out."""
+    import optuna
+    from optuna.visualization import matplotlib as charts
+
+    study = optuna.load_study(study_name=shared.name, storage=shared.storage)
+    reasons = []
+    for name, function in FIGURES.items():
+        path = paths.TUNING_FIGURES / name
+        path.unlink(missing_ok=True)
+        try:
+            with quiet():
+                axes = getattr(charts, function)(study)
+        except (ValueError, RuntimeError, ImportError) as error:
+            reasons.append(f"{name} ({' '.join(str(error).split())[:80]})")
+            continue
+        figures.save_pyplot(np.ravel(np.asarray(axes, dtype=object))[0].figure, path)
+    if reasons and len(shared.trials("COMPLETE")) > 1:
+        warn(f"not drawn: {', '.join(reasons)}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, newline="")
+    new.replace(path)
+
+
+def _reason(trial: "FrozenTrial") -> str:
+    if trial.state.name == "FAIL" and not trial.user_attrs.get("final"):
+        return "stopped" if trial.user_attrs.get("stopped") else "its worker was killed"
+    return str(trial.user_attrs.get("reason", "")) if trial.state.name in ("PRUNED", "FAIL") else ""

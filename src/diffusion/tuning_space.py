@@ -1,0 +1,193 @@
+"""What `tune.space` describes: keys of params.yaml, over what each is searched, the training that a choice makes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+
+from diffusion.config import Params, TrainedConfig, flat, from_dict, schema, to_dict, trained, unknown
+from diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+Value = float | int | str | bool | None
+SECTIONS = ("diffusion", "model", "train")  # what a trial trains
+NOT_SEARCHED = {  # no trial's value depends on them, or the study sets them
+    "train.steps": "tune.images_per_trial sets it",
+    **dict.fromkeys(("train.device", "train.processes", "train.micro_batch", "train.compile"), "it is no setting"),
+    **{
+        f"train.{key}": "it is no setting"
+        for key in ("log_every", "checkpoint_every", "preview_every", "evaluate_every", "evaluate_images")
+    },
+    **{f"train.{key}": "every trial is scored alike" for key in ("preview_images", "preview_steps")},
+}
+DIGITS = 4  # of a number on a continuous scale: what is trained is what the tables say
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of several values."""
+
+    key: str
+    values: tuple[Value, ...]
+
+    def suggest(self, trial: "Trial") -> Value:
+        """What `trial` is to take."""
+        value: Value = trial.suggest_categorical(self.key, self.values)
+        return value
+
+    def used(self, value: Any) -> Value:
+        """What Optuna's `value` stands for in params.yaml."""
+        found: Value = value
+        return found
+
+    def has(self, value: object) -> bool:
+        """Whether `value` can be taken."""
+        return value in self.values
+
+    def corners(self) -> Sequence[Value]:
+        """Values that are allowed if all are."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class Span:
+    """A number from `low` to `high`, both included; `step` is None on a continuous scale."""
+
+    key: str
+    low: float
+    high: float
+    step: float | None
+    log: bool
+    whole: bool
+
+    def suggest(self, trial: "Trial") -> Value:
+        """What `trial` is to take."""
+        if self.whole:
+            return trial.suggest_int(self.key, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+        return self.used(trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log))
+
+    def used(self, value: Any) -> Value:
+        """What Optuna's `value` stands for in params.yaml: DIGITS digits of it where the scale is continuous."""
+        if self.whole or self.step:
+            return int(value) if self.whole else float(value)
+        return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
+
+    def has(self, value: object) -> bool:
+        """Whether `value` lies within."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def corners(self) -> Sequence[Value]:
+        """Values that are allowed if all are."""
+        return [int(v) if self.whole else v for v in (self.low, self.high)]
+
+
+Dimension = Choices | Span
+
+
+def read_space(params: Params) -> tuple[Dimension, ...]:
+    """The dimensions of `tune.space`, each end and each choice checked as if it stood in params.yaml.
+
+    Raises:
+        UserError: a key is unknown (the nearest real one is named) or no setting of a training, its description cannot
+            be read, or params.yaml does not allow a value.
+    """
+    if not params.tune.space:
+        raise UserError("tune.space is empty: name a key of params.yaml, for example train.lr: {low: 1e-4, high: 1e-2}")
+    found = tuple(_dimension(str(key), text) for key, text in params.tune.space.items())
+    for dimension in found:
+        for value in dimension.corners():
+            try:
+                changed(params, {dimension.key: value})
+            except UserError as error:
+                raise UserError(f"tune.space: {error}") from None
+    return found
+
+
+def changed(params: Params, values: Mapping[str, Value]) -> Params:
+    """`params` with other values of dotted keys.
+
+    Raises:
+        UserError: params.yaml does not allow them.
+    """
+    tree = to_dict(params)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    return from_dict(tree)
+
+
+def present(params: Params, space: Sequence[Dimension]) -> dict[str, Value] | None:
+    """What `params` have for the searched keys, if all of it can be proposed."""
+    known: dict[str, Any] = flat(params.diffusion, "diffusion") | flat(params.model, "model")
+    known |= flat(params.train, "train")
+    values = {dimension.key: known[dimension.key] for dimension in space}
+    return values if all(dimension.has(values[dimension.key]) for dimension in space) else None
+
+
+def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
+    """What a trial trains: `params` with `values` (dotted keys), cut to `tune.images_per_trial`.
+
+    Warm-up and the distance between validations keep their share of the training, so that a value that is found can
+    be written into params.yaml; no distance exceeds the length.
+
+    Raises:
+        UserError: params.yaml does not allow these values together.
+    """
+    whole = changed(params, values)
+    train = whole.train
+    steps = max(1, params.tune.images_per_trial // train.batch_size)
+    share = min(1.0, steps / train.steps)
+    tree = to_dict(whole)
+    tree["train"] |= {
+        "steps": steps,
+        "evaluate_every": 0,  # a trial is scored at its end
+        "best_by": "val_loss",
+        "warmup_steps": round(train.warmup_steps * share),
+        "validate_every": max(1, round(train.validate_every * share)),
+        "checkpoint_every": max(1, min(train.checkpoint_every, math.ceil(steps / 4))),  # what a kill costs at most
+        **{key: min(getattr(train, key), steps) for key in ("log_every", "preview_every")},
+    }
+    return trained(from_dict(tree))
+
+
+def _dimension(key: str, text: object) -> Dimension:
+    kinds = schema()
+    if key not in kinds:
+        raise UserError(f"tune.space: {unknown(key)}")
+    if key.split(".")[0] not in SECTIONS:
+        raise UserError(f"tune.space: {key} changes no training: search keys of {', '.join(SECTIONS)}")
+    if key in NOT_SEARCHED:
+        raise UserError(f"tune.space: {key} cannot be searched: {NOT_SEARCHED[key]}")
+    if isinstance(text, Mapping):
+        return _span(key, text, _number(kinds[key]))
+    if isinstance(text, list | tuple) and text and all(isinstance(v, Value) for v in text):
+        return Choices(key, tuple(dict.fromkeys(text)))
+    raise UserError(f"tune.space: {key} = {text!r}: give {{low, high}}, or a list of numbers or words")
+
+
+def _span(key: str, text: Mapping[str, Any], kind: type | None) -> Span:
+    if kind is None:
+        raise UserError(f"tune.space: {key} is no number: give a list of its words")
+    if wrong := sorted({"low", "high"} - set(text)) or sorted(set(text) - {"low", "high", "log", "step"}):
+        raise UserError(f"tune.space: {key} = {dict(text)}: {wrong[0]} is wrong or missing: low, high[, log or step]")
+    low, high, log, step = text["low"], text["high"], text.get("log", False), text.get("step")
+    numbers = [v for v in (low, high, step) if v is not None]
+    if not isinstance(log, bool) or any(isinstance(v, bool) or not isinstance(v, kind | int) for v in numbers):
+        words = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"tune.space: {key} = {dict(text)}: low, high and step are {words}, log is true or false")
+    if low > high or (log and (low <= 0 or step is not None)) or (step is not None and step <= 0):
+        raise UserError(f"tune.space: {key} = {dict(text)}: low comes first; log wants it above 0 and has no step")
+    return Span(key, low, high, step, log, kind is int)
+
+
+def _number(kind: Any) -> type | None:
+    """Int or float for a key of such a type, null allowed or not."""
+    if get_origin(kind) is Annotated:
+        return _number(get_args(kind)[0])
+    inner = [k for k in get_args(kind) if k is not NoneType]
+    if len(inner) == 1 and NoneType in get_args(kind):
+        return _number(inner[0])
+    return kind if kind in (int, float) else None

@@ -1,0 +1,212 @@
+"""One trial: the ordinary training, shorter, and its score, in a run of its own below the study's."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from diffusion import images, tracking
+from diffusion.config import Params, flat
+from diffusion.data import Dataset
+from diffusion.errors import UserError
+from diffusion.features import EfficientNetLite0
+from diffusion.journal import Tracker
+from diffusion.runtime import keep_freed_memory, resolve_device
+from diffusion.training import Record, Trainer, train
+from diffusion.tuning_objective import common_error, draw, load_reference, score
+from diffusion.tuning_space import Value, trial_config
+from diffusion.tuning_study import SharedStudy
+
+if TYPE_CHECKING:
+    from optuna import Trial
+    from optuna.trial import FrozenTrial
+
+REPORTS = 8  # intermediate values a trial
+SHOWN = 64  # images of a trial's picture
+LINE_SECONDS = 30.0  # between two lines of a worker in a log file
+
+
+class PrunedError(Exception):
+    """The trial is not worth its end; the message is the reason, one line."""
+
+
+class LostError(Exception):
+    """The trial was given to another worker, which took this one for dead."""
+
+
+@dataclass
+class Attempt:
+    """A trial as its objective sees it: what to try, where, and how to say how it goes."""
+
+    number: int  # Optuna's; a trial that is tried again has a new one
+    values: Mapping[str, Value]  # by dotted key
+    folder: Path  # the same for all tries of a trial
+    tags: Mapping[str, str]  # of its MLflow run
+    asked_to_stop: Callable[[], bool]
+    line: "Line"
+    shared: SharedStudy
+    trial: "Trial"
+    reported: set[int] = field(default_factory=set)  # images seen, earlier tries included
+
+    def report(self, images_seen: int, value: float) -> None:
+        """An intermediate value at images seen that are the same for all trials.
+
+        Raises:
+            PrunedError: it is not finite, or the pruner says that others do better.
+            LostError: the trial is no longer this worker's.
+        """
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        if images_seen in self.reported:
+            return
+        self.reported.add(images_seen)
+        try:
+            self.trial.report(value, images_seen)
+        except UpdateFinishedTrialError:
+            raise LostError from None
+        if not math.isfinite(value):
+            raise PrunedError(f"the error is {value} after {images_seen:,} images")
+        if self.trial.should_prune():
+            raise PrunedError(f"{self.shared.config.pruner}: an error of {value:.4g} after {images_seen:,} images")
+        self.line.know(self.shared.best())
+
+
+Objective = Callable[[Attempt], float]
+
+
+class Trainings:
+    """The objective: what the trials of one worker share, and how one is done."""
+
+    def __init__(self, params: Params) -> None:
+        """Raises UserError if data or the reference are missing."""
+        self.params, self.data, self.extractor = (
+            params,
+            Dataset.load(),
+            EfficientNetLite0(precision=params.evaluate.precision),
+        )
+        self.reference = load_reference(params, self.extractor)
+        keep_freed_memory()
+
+    def __call__(self, attempt: Attempt) -> float:
+        """Train as `attempt` says, from the checkpoint if there is one, and return fd_lite0.
+
+        Raises:
+            PrunedError: the values do not go together, the training diverges or has no room, or it is not worth it.
+            KeyboardInterrupt: it was asked to stop; the state was saved first.
+        """
+        try:
+            config = trial_config(self.params, attempt.values)
+        except UserError as error:
+            raise PrunedError(str(error)) from None
+        tracker = tracking.open_run(
+            self.params.tracking, name=f"trial {attempt.number}", run_folder=attempt.folder, tags=attempt.tags
+        )
+        pruned: PrunedError | None = None
+        with tracking.closing_status(tracker, "trial"):
+            tracker.params(flat(config))
+            tracker.tags({"trial.state": "RUNNING"})
+            try:
+                trainer = Trainer(config, self.data, attempt.folder, resolve_device(config.train.device))
+                self._train(trainer, attempt, tracker)
+                value = self._score(trainer, attempt, tracker)
+                tracker.tags({"trial.state": "COMPLETE"})
+            except torch.OutOfMemoryError:
+                pruned = PrunedError("it does not fit into the device's memory")
+            except (PrunedError, UserError) as error:  # UserError: diverged, and rollbacks did not help
+                pruned = PrunedError(str(error))
+            except Exception:
+                tracker.tags({"trial.state": "FAIL"})
+                raise
+            if pruned:
+                tracker.tags({"trial.state": "PRUNED", "trial.reason": str(pruned)})
+        if pruned:
+            raise pruned
+        return value
+
+    def _train(self, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> None:
+        """Train to the end; report the common error at REPORTS points that are the same for all trials."""
+        config, budget = trainer.config.train, self.params.tune.images_per_trial
+        due = {max(1, k * config.steps // REPORTS): k * budget // REPORTS for k in range(1, REPORTS + 1)}
+        attempt.line.begin(attempt.number, trainer.progress.step, config.steps)
+        for record in train(trainer):
+            _track(record, tracker)
+            attempt.line.show(record.step)
+            if record.step in due:
+                error = common_error(trainer)
+                tracker.metrics({"val/common_error": error}, record.step)
+                attempt.line.value = f"error {error:.4f}"
+                attempt.report(due[record.step], error)
+            if record.step < config.steps and attempt.asked_to_stop():
+                trainer.save()
+                raise KeyboardInterrupt
+        if not math.isfinite(trainer.progress.best_val_loss):
+            raise PrunedError("the validation loss was never finite")
+
+    def _score(self, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> float:
+        """fd_lite0 of the trial's images, of which some go into its run."""
+        drawn = draw(trainer, self.params)
+        value = score(drawn, self.params, self.reference, self.extractor, trainer.device)
+        if not math.isfinite(value):
+            raise PrunedError(f"fd_lite0 is {value}")
+        picture, shown = attempt.folder / "samples.png", drawn[:SHOWN].numpy()
+        images.save_png(images.grid(shown, columns=8, scale=images.zoom(shown)), picture)
+        tracker.artifact(picture, "samples")
+        tracker.metrics({"fd_lite0": value}, trainer.config.train.steps)
+        return value
+
+
+def _track(record: Record, tracker: Tracker) -> None:
+    if record.row:
+        tracker.metrics({f"train/{key}": value for key, value in record.row.items() if key != "step"}, record.step)
+    if record.val_loss is not None:
+        tracker.metrics({"val/loss": record.val_loss}, record.step)
+
+
+class Line:
+    """How a worker's trial goes: one line that stays in place on a terminal, one every LINE_SECONDS in a log file."""
+
+    def __init__(self, worker: int) -> None:
+        self.worker, self.value, self.best = worker, "", "none"
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(position=worker, bar_format="{desc}", leave=False, mininterval=0.5)
+
+    def know(self, best: "FrozenTrial | None") -> None:
+        """The best trial so far."""
+        self.best = f"{best.values[0]:.2f} (trial {best.number})" if best else "none"
+
+    def begin(self, trial: int, step: int, steps: int) -> None:
+        """A trial begins at `step`, 0 unless it is resumed, of `steps`."""
+        self._trial, self._first, self._steps, self.value = trial, step, steps, "error -"
+        self._start = self._said = time.monotonic()
+        if self._bar is None:
+            self._write(step)
+
+    def show(self, step: int) -> None:
+        """Say how far it is, if it is time to."""
+        now = time.monotonic()
+        if now - self._said >= (0.5 if self._bar is not None else LINE_SECONDS):
+            self._said = now
+            self._write(step)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, step: int) -> None:
+        done, seconds = step - self._first, time.monotonic() - self._start
+        left = f"{seconds / done * (self._steps - step) / 60:.1f} min left" if done else "begins"
+        text = (
+            f"worker {self.worker}: trial {self._trial}, step {step} of {self._steps}, {self.value}, best {self.best}"
+        )
+        if self._bar is not None:
+            self._bar.set_description_str(f"{text}, {left}")
+        else:
+            print(f"{text}, {left}", file=sys.stderr, flush=True)

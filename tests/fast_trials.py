@@ -1,0 +1,67 @@
+"""An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
+
+As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from diffusion import config, tuning
+from diffusion.config import Params
+from diffusion.tuning_study import storage_url
+from diffusion.tuning_trial import Attempt, Objective
+
+STUDY = "00000000c1fa0010"
+STEPS = 8
+SECONDS = 0.3  # a step
+
+
+def prepare(params: Params) -> Objective:
+    """As `tuning_trial.Trainings`."""
+    return objective
+
+
+def value(rate: float, schedule: str) -> float:
+    """Least at a rate of 1e-3."""
+    return 10.0 + abs(math.log10(rate) + 3) + len(schedule)
+
+
+def objective(attempt: Attempt) -> float:
+    """Step on from where an earlier try was; steps.txt has a line `process step` for each step done."""
+    budget = attempt.shared.config.images_per_trial
+    attempt.folder.mkdir(parents=True, exist_ok=True)
+    record = attempt.folder / "steps.txt"
+    done = len(record.read_text().splitlines()) if record.exists() else 0
+    rate, schedule = attempt.values["train.lr"], str(attempt.values["diffusion.schedule"])
+    assert isinstance(rate, float)
+    attempt.line.begin(attempt.number, done, STEPS)
+    for step in range(done, STEPS):
+        if attempt.asked_to_stop():
+            raise KeyboardInterrupt
+        time.sleep(SECONDS)
+        with record.open("a") as file:
+            file.write(f"{os.getpid()} {step}\n")
+        attempt.report((step + 1) * budget // STEPS, value(rate, schedule) + STEPS - step)
+        attempt.line.show(step + 1)
+    return value(rate, schedule)
+
+
+def main(overrides: str) -> None:
+    """Search as params.yaml with `overrides` (JSON) says, without MLflow; exit status 130 if it was stopped."""
+    params = config.load(
+        Path(__file__).parents[1] / "params.yaml",
+        {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
+    )
+    try:
+        tuning.search(STUDY, params, storage_url(params.tune), prepare)
+    except KeyboardInterrupt as error:
+        print(error)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

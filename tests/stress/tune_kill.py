@@ -1,0 +1,116 @@
+"""Kill test of the search: three workers, twelve trials, a random SIGKILL every few seconds, at times of all at once.
+
+The real workers, store, recovery and tables; only what a trial computes is simulated (tests/fast_trials.py). Prints
+figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names another store than SQLite.
+
+    PYTHONPATH=src:tests python tests/stress/tune_kill.py
+"""
+
+import collections
+import contextlib
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import fast_trials
+import optuna
+import psutil
+
+REPO = Path(__file__).parents[2]
+
+
+@click.command()
+@click.option("--trials", default=12, show_default=True)
+@click.option("--workers", default=3, show_default=True)
+@click.option("--every", default=3.0, show_default=True, help="Mean seconds between two kills.")
+@click.option("--seed", default=0, show_default=True)
+def main(trials: int, workers: int, every: float, seed: int) -> None:
+    """Kill workers at random until the study is finished."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = run(Path(folder), trials, workers, every, random.Random(seed))
+    print(json.dumps(figures, indent=2))
+    sys.exit(0 if figures["all_hold"] else 1)
+
+
+def run(folder: Path, trials: int, workers: int, every: float, chance: random.Random) -> dict:
+    """One study, from the first sitting to the last; what was found."""
+    overrides = json.dumps({"tune.trials": trials, "tune.workers": workers})
+    command = [sys.executable, str(REPO / "tests/fast_trials.py"), overrides]
+    environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}/tests", "DVC_ROOT": str(folder)}
+    kills: collections.Counter[str] = collections.Counter()
+    url = os.environ.get("OPTUNA_STORAGE") or f"sqlite:///{folder}/optuna/study.db"
+    start, status = time.monotonic(), None
+    while status != 0 and time.monotonic() - start < 1200:
+        kills["sittings"] += 1
+        sitting = subprocess.Popen(command, cwd=folder, env=environment)
+        status = _harass(sitting, url, every, chance, kills)
+    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, url, trials)}
+
+
+def _harass(
+    sitting: "subprocess.Popen[bytes]",
+    url: str,
+    every: float,
+    chance: random.Random,
+    kills: "collections.Counter[str]",
+) -> int:
+    """Kill workers amid their trials, in one case of eight the whole sitting, until it ends; its exit status."""
+    while True:
+        try:
+            return sitting.wait(chance.expovariate(1 / every))
+        except subprocess.TimeoutExpired:
+            victims = _at_work(url)
+            if not victims:  # they are starting
+                continue
+            if chance.random() < 1 / 8:
+                sitting.send_signal(signal.SIGKILL)  # its workers see that it is gone, and stop
+                kills["kills_of_all"] += 1
+                return sitting.wait()
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(chance.choice(victims), signal.SIGKILL)
+                kills["kills"] += 1
+
+
+def _at_work(url: str) -> list[int]:
+    """Processes that are in the middle of a trial, on this machine."""
+    try:
+        trials = optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials
+    except Exception:  # not made yet
+        return []
+    pids = [int(t.user_attrs["pid"]) for t in trials if t.state.name == "RUNNING" and t.params]
+    return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def _found(folder: Path, url: str, trials: int) -> dict:
+    """What the table and the trials' own records say."""
+    with (folder / "tuning/trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    states = collections.Counter(row["state"] for row in rows)
+    first = {row["number"]: row["retry_of"] or row["number"] for row in rows}  # a trial's tries have one first
+    finished = collections.Counter(first[row["number"]] for row in rows if row["state"] in ("COMPLETE", "PRUNED"))
+    begun = set(first.values())
+    records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
+    twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
+    drawn = {
+        t.params["train.lr"] for t in optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials if t.params
+    }
+    checks = {
+        "finished_is_what_was_asked_for": sum(finished.values()) == trials,
+        "none_running": states["RUNNING"] == states["WAITING"] == 0,
+        "none_lost": begun == set(finished),
+        "none_twice": max(finished.values()) == 1 and twice == 0,
+        "none_proposed_twice": len(drawn) == trials,
+    }
+    return {"states": dict(states), "steps_done_twice": twice, **checks, "all_hold": all(checks.values())}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The arithmetic of the search's benchmarks; their trainings take hours and are not run here."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPO
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
+    return importlib.import_module
+
+
+def test_rank_correlations_are_of_the_settings_that_have_both(script: Any) -> None:
+    rank = script("tune_rank")
+    found: dict[str, Any] = {}
+    for i, setting in enumerate(rank.SETTINGS[:5]):
+        found[rank.name(setting, "whole")] = {"fd_lite0": {rank.FINAL: 300.0 + 10 * i}}
+        values = {"common_error_half": [5, 4, 3, 2, 1][i], "common_error": [1, 2, 3, 5, 4][i], "fd_lite0": i**3}
+        found[rank.name(setting, "trial")] = values
+    found[rank.name(rank.SETTINGS[5], "trial")] = values
+    table = rank.correlations(found)
+    assert table["settings"] == 5
+    assert table["fd_lite0"] == {"spearman": 1.0, "its_best_ends_as_number": 1}
+    assert table["common_error_half"] == {"spearman": -1.0, "its_best_ends_as_number": 5}
+    assert table["common_error"]["spearman"] == 0.9  # 1 - 6 (1 + 1) / (5 (25 - 1))
+    assert rank.correlations({}) == {"settings": 0}
+
+
+def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
+    rank = script("tune_rank")
+    assert len(set(rank.SETTINGS)) == len(rank.SETTINGS) >= 8
+    assert len({rank.name(s, b) for s in rank.SETTINGS for b in rank.BUDGETS}) == 2 * len(rank.SETTINGS)
+
+
+def test_a_gain_counts_if_it_is_more_than_the_seeds_spread(script: Any) -> None:
+    gain = script("tune_gain")
+
+    def found(default: list[float], best: list[float]) -> dict[str, Any]:
+        return {
+            f"{name}, seed {1000 + i}": {"fd_lite0": {gain.FINAL: value}}
+            for name, values in (("default", default), ("best", best))
+            for i, value in enumerate(values)
+        }
+
+    table = gain.summary(found([320.0, 330.0, 340.0], [300.0, 301.0, 302.0]))
+    assert table["default"] == {"mean": 330.0, "sd": 10.0, "values": [320.0, 330.0, 340.0]}
+    assert (table["gain"], table["spread"], table["beats_the_spread"]) == (29.0, 20.0, True)
+    assert not gain.summary(found([320.0, 330.0, 340.0], [310.0, 312.0, 314.0]))["beats_the_spread"]
+    assert "gain" not in gain.summary(found([320.0], []))
+
+
+def test_results_are_kept_for_the_same_recipe_alone(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPO)
+    machine = script("machine")
+    for name, about in (("tune_rank", "abc"), ("tune_gain", {"default": {}, "best": {}})):
+        module = script(name)
+        for other in (module, machine):
+            monkeypatch.setattr(other, "RESULTS", tmp_path)
+        module.write(about, {"best, seed 1000": {"fd_lite0": {module.FINAL: 1.0}}})
+        assert list(module.kept(about)) == ["best, seed 1000"]
+        assert module.kept({"another": 1}) == {}
+        assert json.loads(capsys.readouterr().out)["machine"]
+    best = tmp_path / "best.yaml"
+    best.write_text("train:\n  lr: 0.001\ndiffusion:\n  schedule: linear\n")
+    gain = script("tune_gain")
+    read = gain.read(best)
+    assert read == {"train.lr": 0.001, "diffusion.schedule": "linear"}
+    assert gain.identity(read)["default"] == {"train.lr": 0.002, "diffusion.schedule": "cosine"}
+
+
+def test_overhead_is_scaled_to_a_whole_trial(script: Any) -> None:
+    """Two trials of 10 s with 8 s of steps are 82 s each when the steps are ten times as many."""
+    overhead = script("tune_overhead")
+    first = {"all": 100.0, "step": 5.0, "background": 1.0, "claim": 1.0, "common_error": 0.0}
+    last = {"all": 120.0, "step": 21.0, "background": 1.8, "claim": 1.2, "common_error": 1.64, "tell": 0.4}
+    found = overhead.shares(first, last, 2)
+    assert found["seconds_of_a_default_trial"] == 10 + 9 * 8
+    assert found["seconds"] == {"claim": 0.1, "tell": 0.2, "background": 0.4}
+    assert found["share_of_optuna_and_tracking"] == round(0.7 / 82, 4)
+    assert found["share_of_the_common_error"] == 0.01

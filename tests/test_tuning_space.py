@@ -1,0 +1,133 @@
+"""What may be searched, and the training that a choice makes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+import pytest
+from conftest import REPO
+
+from diffusion import config
+from diffusion.errors import UserError
+from diffusion.tuning_space import Choices, Span, present, read_space, trial_config
+
+
+def space(text: dict[str, Any], tiny: Callable[..., config.Params]) -> tuple[Any, ...]:
+    return read_space(tiny(**{"tune.space": text}))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["params.yaml", *sorted(f"params/{p.name}" for p in (REPO / "params").glob("*.yaml"))]
+)
+def test_every_recipe_describes_a_space_that_holds_its_own_setting(recipe: str) -> None:
+    params = config.load(REPO / recipe)
+    dimensions = read_space(params)
+    assert {d.key for d in dimensions} >= {"train.lr", "train.lr_schedule", "diffusion.schedule"}
+    if recipe != "params/edm.yaml":  # its own noise schedule is not among the three
+        assert present(params, dimensions) == {
+            "train.lr": params.train.lr,
+            "train.lr_schedule": params.train.lr_schedule,
+            "diffusion.schedule": params.diffusion.schedule,
+        }
+
+
+def test_any_number_or_choice_can_be_searched(tiny: Callable[..., config.Params]) -> None:
+    found = space(
+        {
+            "train.warmup_steps": {"low": 0, "high": 8},
+            "train.batch_size": {"low": 2, "high": 8, "step": 2},
+            "train.weight_decay": {"low": 0, "high": 0.1},
+            "model.head_channels": [16, None],
+            "train.flip": [True, False],
+            "model.dropout": [0, 0.1],
+        },
+        tiny,
+    )
+    assert found[:3] == (
+        Span("train.warmup_steps", 0, 8, None, False, True),
+        Span("train.batch_size", 2, 8, 2, False, True),
+        Span("train.weight_decay", 0, 0.1, None, False, False),
+    )
+    assert found[3:5] == (Choices("model.head_channels", (16, None)), Choices("train.flip", (True, False)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({"train.lrr": {"low": 1e-4, "high": 1e-3}}, ["train.lrr", "did you mean train.lr?"]),
+        ({"difusion.schedule": ["cosine"]}, ["difusion.schedule", "diffusion.schedule"]),
+        ({}, ["tune.space is empty"]),
+        ({"sample.steps": {"low": 5, "high": 20}}, ["sample.steps", "changes no training"]),
+        ({"train.steps": {"low": 5, "high": 20}}, ["train.steps", "tune.images_per_trial"]),
+        ({"train.device": ["cpu"]}, ["train.device", "cannot be searched"]),
+        ({"train.lr": {"low": 1e-4}}, ["train.lr", "high"]),
+        ({"train.lr": {"low": 1e-4, "high": 1e-3, "lgo": True}}, ["train.lr", "lgo"]),
+        ({"train.lr": {"low": 1e-3, "high": 1e-4}}, ["train.lr", "low comes first"]),
+        ({"train.lr": {"low": "a", "high": 1e-4}}, ["train.lr", "numbers"]),
+        ({"train.lr": {"low": 1e-4, "high": 5.0, "log": True}}, ["train.lr = 5", "1e-08 to 1"]),
+        ({"train.weight_decay": {"low": 0, "high": 0.1, "log": True}}, ["train.weight_decay", "above 0"]),
+        ({"train.warmup_steps": {"low": 0.5, "high": 3}}, ["train.warmup_steps", "whole numbers"]),
+        ({"train.lr_schedule": {"low": 1, "high": 2}}, ["train.lr_schedule", "no number", "a list"]),
+        ({"train.lr_schedule": []}, ["train.lr_schedule", "a list"]),
+        ({"train.lr_schedule": "cosine"}, ["train.lr_schedule", "a list"]),
+        ({"train.lr_schedule": ["cosine", "cosin"]}, ["train.lr_schedule = 'cosin'", "constant, cosine, linear"]),
+        ({"model.multipliers": [[1, 2], [1, 1]]}, ["model.multipliers", "numbers or words"]),
+        ({"model.channels": [16, 24]}, ["model.head_channels = 16", "divide"]),  # a rule across keys
+    ],
+    ids=str,
+)
+def test_a_bad_space_is_one_line_that_helps(
+    text: dict[str, Any], words: list[str], tiny: Callable[..., config.Params]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        space(text, tiny)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_what_is_trained_is_what_the_tables_say(tiny: Callable[..., config.Params]) -> None:
+    """Four digits of what Optuna draws, never outside; whole numbers and steps as they are."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    rate, size, decay = space(
+        {
+            "train.lr": {"low": 1.23456e-4, "high": 1.23556e-4, "log": True},
+            "train.batch_size": {"low": 2, "high": 8, "step": 3},
+            "train.weight_decay": {"low": 0, "high": 0.3, "step": 0.15},
+        },
+        tiny,
+    )
+    for _ in range(30):
+        trial = study.ask()
+        value = rate.suggest(trial)
+        assert 1.23456e-4 <= value <= 1.23556e-4
+        assert value == rate.used(study.trials[-1].params["train.lr"])
+        assert size.suggest(trial) in (2, 5, 8)
+        assert decay.suggest(trial) in (0, 0.15, 0.3)
+    assert Span("train.lr", 1e-4, 1e-2, None, True, False).used(0.00123456) == 0.001235
+
+
+def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Params]) -> None:
+    base = config.load(REPO / "params.yaml")
+    cut = trial_config(base, {"train.lr": 3e-4, "diffusion.schedule": "sigmoid"})
+    assert (cut.train.lr, cut.diffusion.schedule, cut.train.lr_schedule) == (3e-4, "sigmoid", base.train.lr_schedule)
+    assert cut.train.steps == base.tune.images_per_trial // base.train.batch_size
+    assert cut.train.warmup_steps / cut.train.steps == pytest.approx(
+        base.train.warmup_steps / base.train.steps, rel=0.1
+    )
+    shortest = trial_config(tiny(**{"tune.images_per_trial": 1}), {}).train
+    every = (shortest.log_every, shortest.validate_every, shortest.preview_every, shortest.checkpoint_every)
+    assert (shortest.steps, shortest.warmup_steps, *every) == (1, 0, 1, 1, 1, 1)
+    whole = tiny(**{"tune.images_per_trial": 32})  # 8 steps of 4: nothing to cut but the distance of checkpoints
+    assert trial_config(whole, {"train.checkpoint_every": 2}) == config.trained(
+        tiny(**{"tune.images_per_trial": 32, "train.checkpoint_every": 2})
+    )
+
+
+def test_budget_and_warm_up_follow_what_is_searched() -> None:
+    """Trials of any batch size see the same images; a warm-up that is found is the whole training's."""
+    base = config.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000})
+    assert trial_config(base, {"train.batch_size": 64}).train.steps == 750
+    assert trial_config(base, {"train.warmup_steps": 400}).train.warmup_steps == 400 * 1500 // base.train.steps
+    with pytest.raises(UserError, match=r"train\.processes"):
+        trial_config(config.load(REPO / "params.yaml", {"train.processes": 4}), {"train.batch_size": 2})
