@@ -66,7 +66,7 @@ def _converted(text: Any, kind: Any) -> Any:
             raise ValueError(text)
         return tuple(_converted(item, inner[i] if one_each else inner[0]) for i, item in enumerate(text))
     if origin is dict:
-        return {key: _scalar(value) for key, value in text.items()}
+        return _scalar(text) if isinstance(text, dict) else _refuse(text)
     if origin in (Union, types.UnionType):
         return None if type(None) in inner and text in NULL else _first(text, inner)
     scalars: Mapping[Any, Callable[[str], Any]] = {bool: lambda t: {"true": True, "false": False}.get(t, _Refused)}

@@ -73,6 +73,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
                 (_alone if params.tune.workers == 1 else _together)(job, ledger, stop)
             finally:
                 ledger.update()
+                ledger.write()
                 draw_figures(shared)
                 tracker.artifact(paths.TUNING, "tuning")
             if not shared.finished:

@@ -9,6 +9,7 @@ figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names 
 import collections
 import contextlib
 import csv
+import functools
 import json
 import os
 import random
@@ -45,6 +46,7 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
     overrides = json.dumps({"tune.trials": trials, "tune.workers": workers})
     command = [sys.executable, str(REPO / "tests/fast_trials.py"), overrides]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}/tests", "DVC_ROOT": str(folder)}
+    environment["FAST_TRIAL_SECONDS"] = "0.8"
     kills: collections.Counter[str] = collections.Counter()
     url = os.environ.get("OPTUNA_STORAGE") or f"sqlite:///{folder}/optuna/study.db"
     start, status = time.monotonic(), None
@@ -79,10 +81,15 @@ def _harass(
                 kills["kills"] += 1
 
 
+@functools.cache
+def _study(url: str) -> optuna.Study:
+    return optuna.load_study(study_name=fast_trials.STUDY, storage=url)
+
+
 def _at_work(url: str) -> list[int]:
     """Processes that are in the middle of a trial, on this machine."""
     try:
-        trials = optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials
+        trials = _study(url).trials
     except Exception:  # not made yet
         return []
     pids = [int(t.user_attrs["pid"]) for t in trials if t.state.name == "RUNNING" and t.params]
@@ -99,9 +106,7 @@ def _found(folder: Path, url: str, trials: int) -> dict:
     begun = set(first.values())
     records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
-    drawn = {
-        t.params["train.lr"] for t in optuna.load_study(study_name=fast_trials.STUDY, storage=url).trials if t.params
-    }
+    drawn = {trial.params["train.lr"] for trial in _study(url).trials if trial.params}
     checks = {
         "finished_is_what_was_asked_for": sum(finished.values()) == trials,
         "none_running": states["RUNNING"] == states["WAITING"] == 0,
