@@ -41,7 +41,7 @@ report: setup  ## draw the report page from what the pipeline made
 bench: setup  ## measure quality and speed, ours and peers', about 55 minutes (writes benchmarks/results/)
 	@dvc repro prepare
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
-	@for name in laptop_quality train_speed sample_speed overheads data_scale time_to_quality; do \
+	@for name in laptop_quality train_speed sample_speed overheads data_scale time_to_quality inception_speed; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-quality: setup  ## solvers, objectives and classes compared by their samples, about three hours
