@@ -50,10 +50,11 @@ promote: setup  ## list the registered models; make promote VERSION=n makes that
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report
 
-bench: setup  ## measure quality and speed, ours and peers', about 55 minutes (writes benchmarks/results/)
+bench: setup  ## measure quality and speed, ours and peers', more than an hour (writes benchmarks/results/)
 	@dvc repro prepare
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
-	@for name in laptop_quality train_speed sample_speed overheads tracking_cost data_scale time_to_quality; do \
+	@for name in laptop_quality train_speed sample_speed overheads tracking_cost tune_overhead inception_speed data_scale \
+		time_to_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-quality: setup  ## solvers, objectives and classes compared by their samples, about three hours
