@@ -108,7 +108,7 @@ def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.M
     for lr, name in ((2e-3, "lr2e-3-linear-cosine-v"), (1e-4, "lr1e-4-linear-cosine-v")):
         write_params(**{"tracking.enabled": True, "train.lr": lr})
         run_all(*([] if ids else ["prepare", "reference"]), "train", "sample", "evaluate")
-        scores[name] = json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0"]
+        scores[name] = json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"]
         best[name] = json.loads(paths.TRAIN_METRICS.read_text())["best_val_loss"]
         ids.append(json.loads(paths.MODEL_CARD.read_text())["run_id"])
         with paths.LOSS_CSV.open() as file:

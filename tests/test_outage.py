@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import client_of, journal_points, server, stored_points, wait_for
+from stores import client_of, free_port, journal_points, server, stored_points, wait_for
 from test_stages import run, write_params
 
-from diffusion import fit, mlflow_store, outbox, paths, tracking
+from diffusion import fit, mlflow_store, mlflow_writer, outbox, paths, tracking
 from diffusion.config import TrackingConfig
 
 pytest.importorskip("mlflow")
@@ -47,14 +47,14 @@ def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `act` happen after the first points that are written while the run is being closed."""
     monkeypatch.setattr(tracking, "GATHER_SECONDS", 1000.0)  # all waits for the end
     monkeypatch.setattr(outbox, "POINTS_PER_BATCH", 100)
-    real = mlflow_store.RunWriter.send
+    real = mlflow_writer.RunWriter.send
 
     def send(self: Any, batch: Any) -> None:
         real(self, batch)
         if batch[0].kind == "metrics":
             act()
 
-    monkeypatch.setattr(mlflow_store.RunWriter, "send", send)
+    monkeypatch.setattr(mlflow_writer.RunWriter, "send", send)
 
 
 def train() -> tuple[str, Path]:
@@ -83,8 +83,8 @@ def check(database: Path, journal: Path, served: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["before the first batch", "in the middle", "during close"])
 def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    served = tmp_path / "served"
-    with server(database, served) as (uri, kill):
+    served, port = tmp_path / "served", free_port()  # a server comes back where it was
+    with server(database, served, port=port) as (uri, kill):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 
         def arrived(points: int) -> bool:
@@ -110,7 +110,7 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
     lines = [line for line in said.splitlines() if line.startswith("tracking:")]
     assert len(lines) == 2, lines  # the outage, and what is left
     assert re.search(r"events did not reach MLflow run \w+", lines[1])
-    with server(database, served) as (uri, _):
+    with server(database, served, port=port) as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         if moment == "in the middle":  # the next stage sends it, or `make sync`
             tracker = tracking.attach(

@@ -71,6 +71,7 @@ def test_training_is_plain_adamw_on_the_mean_squared_error(tiny, tiny_data, tmp_
                 "train.weight_decay": 0.0,
                 "train.optimizer": "adamw",
                 "train.timesteps": "uniform",
+                "train.loss_weight": "simple",
             }
         )
     )
