@@ -6,6 +6,7 @@ import hashlib
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -35,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """Data type of the network's arithmetic for `auto | fp32 | bf16`.
 
-    auto is bf16 only where the hardware multiplies it natively; elsewhere it is emulated and slower than fp32.
+    auto is bf16 only where that is the faster of the two.
     """
     if name == "auto":
         native = {"cuda": _cuda_has_bf16, "cpu": _cpu_has_bf16}.get(device.type, lambda: False)()
@@ -108,4 +109,14 @@ def _cuda_has_bf16() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    """Intel's cores without AMX have bf16 products too, but no faster than fp32's (benchmarks/precision.py)."""
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _cpu_vendor() != "Intel")
+
+
+def _cpu_vendor() -> str:
+    """Intel, AMD ... as Linux tells; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("vendor_id"):
+                return line.split(":", 1)[1].strip().removeprefix("Genuine").removeprefix("Authentic")
+    return ""

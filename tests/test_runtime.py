@@ -1,0 +1,27 @@
+"""Choices that depend on the machine."""
+
+import pytest
+import torch
+
+from diffusion import runtime
+
+
+@pytest.mark.parametrize(
+    ("vendor", "amx", "avx512", "chosen"),
+    [
+        ("Intel", True, True, torch.bfloat16),
+        ("Intel", False, True, torch.float32),  # there its products are no faster, and converting costs
+        ("AMD", False, True, torch.bfloat16),
+        ("AMD", False, False, torch.float32),
+        ("", False, False, torch.float32),
+    ],
+)
+def test_auto_takes_the_faster_precision(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, amx: bool, avx512: bool, chosen: torch.dtype
+) -> None:
+    monkeypatch.setattr(runtime, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert runtime.resolve_precision("auto", torch.device("cpu")) == chosen
+    assert runtime.resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    assert runtime.resolve_precision("fp32", torch.device("cpu")) == torch.float32
