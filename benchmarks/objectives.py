@@ -101,6 +101,7 @@ def quality(overrides: Mapping[str, str], seed: int) -> dict[str, Any]:
         "best_val_loss": round(trainer.progress.best_val_loss, 5),
         "images_seen": trainer.progress.step * params.train.batch_size,
         "train_seconds": round(trainer.progress.seconds),
+        "precision": str(trainer.dtype).removeprefix("torch."),
     }
 
 
