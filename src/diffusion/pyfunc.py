@@ -12,8 +12,12 @@ from diffusion.config import SampleConfig, section_from_dict
 from diffusion.errors import UserError
 
 
-class DiffusionModel(PythonModel):
-    """Answers one request a call: see `api.Request`."""
+class Answering:
+    """Answers one request a call: see `api.Request`.
+
+    Not in the class below: MLflow asks for type hints of a `predict` that it finds there, and takes them as schemas of
+    lists of requests.
+    """
 
     generator: api.Generator
 
@@ -22,7 +26,7 @@ class DiffusionModel(PythonModel):
         sample = section_from_dict(SampleConfig, context.model_config["sample"])
         self.generator = api.Generator(Path(context.artifacts["weights"]), sample)
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # MLflow reads hints as schemas
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """The answer (see `api.Generator.answer`) to `model_input`, a table of one row."""
         try:
             if len(model_input) != 1:
@@ -31,6 +35,10 @@ class DiffusionModel(PythonModel):
             return self.generator.answer(api.parse(inputs, self.generator.num_classes))
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
+
+
+class DiffusionModel(Answering, PythonModel):
+    """What MLflow loads."""
 
 
 def _plain(value: object) -> object:

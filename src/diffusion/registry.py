@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -172,18 +171,17 @@ def save(
         shutil.copyfile(weights, files["weights"])
         files["card"].write_text(json.dumps(card, indent=2) + "\n")
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # it would rather have a schema in hints
-            mlflow.pyfunc.save_model(
-                path=str(folder),
-                python_model=str(LIBRARY / "pyfunc.py"),
-                artifacts={key: str(path) for key, path in files.items()},
-                code_paths=[str(code)],
-                model_config={"sample": dict(sample)},
-                signature=ModelSignature(Schema(inputs), Schema(outputs)),
-                input_example={"num_images": 4, "seed": 0},
-                pip_requirements=[f"{name}=={installed(name)}" for name in PACKAGES],
-                mlflow_model=Model(run_id=run_id, model_id=model_id),
-            )
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(LIBRARY / "pyfunc.py"),
+            artifacts={key: str(path) for key, path in files.items()},
+            code_paths=[str(code)],
+            model_config={"sample": dict(sample)},
+            signature=ModelSignature(Schema(inputs), Schema(outputs)),
+            input_example={"num_images": 4, "seed": 0},
+            pip_requirements=[f"{name}=={installed(name)}" for name in PACKAGES],
+            mlflow_model=Model(run_id=run_id, model_id=model_id),
+        )
 
 
 def _digest(path: Path) -> str:
