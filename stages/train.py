@@ -6,7 +6,7 @@ from stages import arguments, stage
 
 @stage
 def main(params: Params) -> None:
-    """Train, or resume, and keep the EMA weights with the best validation loss in models/."""
+    """Train, or resume, and keep the EMA weights that are best by train.best_by in models/."""
     if params.train.processes > 1 and not is_worker():
         launch(params.train.processes, "stages.train", arguments())
     else:

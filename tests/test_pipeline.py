@@ -167,7 +167,7 @@ def test_the_imports_point_down() -> None:
         "diffusers": [],
         "dvc": [],
     }
-    for path in [*(REPO / "src/diffusion").glob("*.py"), *(REPO / "stages").glob("*.py")]:
+    for path in [*(REPO / "src/diffusion").rglob("*.py"), *(REPO / "stages").glob("*.py")]:
         for package, names in rooms.items():
             if re.search(rf"^\s*(import|from) {package}\b", path.read_text(), re.M):
                 assert path.name in names, f"{path.name} imports {package}"

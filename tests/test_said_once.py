@@ -16,7 +16,7 @@ from diffusion import lineage, paths, provenance, tracking
 from diffusion.journal import Journal, mark_sent
 from diffusion.parts import Parts
 
-SOURCES = [*REPO.glob("src/diffusion/*.py"), *REPO.glob("stages/*.py"), REPO / "bootstrap.py"]
+SOURCES = [*REPO.glob("src/diffusion/**/*.py"), *REPO.glob("stages/*.py"), REPO / "bootstrap.py"]
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:

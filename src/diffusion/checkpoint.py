@@ -1,7 +1,8 @@
 """Checkpoints of a training: complete, atomic, checksummed, loaded without unpickling code.
 
 A checkpoint holds everything that the next step depends on and everything that the outputs are made of:
-`net`, `ema`, `best` (state dicts), `optimizer`, and `progress` (step, best step and value, counters, seconds, history).
+`net`, `ema`, `best` (state dicts), `optimizer`, `progress` (step, best step and value, counters, seconds, history) and
+the network's `precision`.
 Its file is `step_<step>-<first 16 hex digits of its sha256>.pt`: a torn or changed file does not match its name.
 """
 

@@ -91,7 +91,7 @@ class TrainConfig:
     validate_every: Count
     evaluate_every: CountOrOff
     evaluate_images: Annotated[int, Range(2, 50_000)]
-    best_by: Literal["val_loss", "fd_lite0"]
+    best_by: Literal["val_loss", "fd_lite0", "last"]
     preview_every: Count
     preview_images: Annotated[int, Range(1, 1024)]
     preview_steps: Annotated[int, Range(1, 1000)]

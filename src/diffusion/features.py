@@ -115,7 +115,8 @@ class Inception(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) -> float32 (N, 2048)."""
-        x = resize_as_tensorflow1(images, INCEPTION_SIZE).sub_(128).div_(128)
+        with _computing("fp32", images.device):  # the resize, whatever the network runs in
+            x = resize_as_tensorflow1(images, INCEPTION_SIZE).sub_(128).div_(128)
         with _computing(self.precision, x.device):
             features: Tensor = self.layers(x)
         return features.float().mean((2, 3))
@@ -245,8 +246,13 @@ def feature_code() -> str:
 @contextlib.contextmanager
 def _computing(precision: str, device: torch.device) -> Iterator[None]:
     """bf16 where that is asked for; else full float32, on a GPU too: a score must not depend on where it was made."""
-    with (
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        yield
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # training in this process may have allowed TF32
+    try:
+        with (
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)

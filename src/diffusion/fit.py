@@ -57,6 +57,7 @@ def fit(params: Params) -> None:
         with tracking.closing_status(tracker, "train"):
             _loop(trainer, tracker, stop)
             if world.is_main:
+                _draw_previews(trainer, tracker)
                 _write_outputs(trainer, tracker, data.digest, made_by)
 
 
@@ -117,15 +118,22 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
             if world.is_main:
                 bar.update(config.batch_size)
                 _show(record, trainer, tracker, system, bar)
-                if record.step % config.preview_every == 0 or record.step == config.steps:
-                    pictures = write_previews(trainer, trainer.folder / "previews")
-                    for key, picture in zip(("samples", "denoising"), pictures, strict=True):
-                        tracker.image(picture, key, record.step)
+                if record.step % config.preview_every == 0 and record.step < config.steps:
+                    _draw_previews(trainer, tracker)
             if _stops(trainer, stop, record.step):
                 trainer.save()
                 if not world.is_main:
                     world.leave(130)
                 raise KeyboardInterrupt(f"stopped at step {record.step}; `dvc repro` goes on from there")
+
+
+def _draw_previews(trainer: Trainer, tracker: Tracker) -> None:
+    """Pictures of the step that the training is at, unless a sitting that was killed after it has drawn them."""
+    folder, step = trainer.folder / "previews", trainer.progress.step
+    if (folder / f"step_{step:06d}_denoising.png").exists() and step == trainer.config.train.steps:
+        return
+    for key, picture in zip(("samples", "denoising"), write_previews(trainer, folder), strict=True):
+        tracker.image(picture, key, step)
 
 
 def _stops(trainer: Trainer, stop: StopRequest, step: int) -> bool:
@@ -140,7 +148,7 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
     if record.row:
         values = {f"train/{key}": value for key, value in record.row.items() if key != "step"}
         values["train/images_per_second"] = _images_per_second(trainer)
-        values["train/ema_decay"] = ema_decay(record.step, trainer.config.train.ema_decay)
+        values["train/ema_decay"] = ema_decay(record.step - 1, trainer.config.train.ema_decay)
         values["train/memory_megabytes"] = peak_memory(trainer.device) / 1e6
         tracker.metrics(values | system.read(), record.step)
     if record.val_loss is not None:
@@ -190,6 +198,10 @@ def _images_per_second(trainer: Trainer) -> float:
 
 def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by: dict[str, str]) -> None:
     progress, config = trainer.progress, trainer.config.train
+    if not progress.best_step:
+        raise UserError(
+            "no validation was finite, so no weights were kept: lower train.lr, or set train.precision: fp32"
+        )
     metrics = {
         "images_seen": progress.step * config.batch_size,
         "images_per_second": round(_images_per_second(trainer), 1),

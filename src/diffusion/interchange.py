@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, load, 
 from diffusion.errors import UserError
 from diffusion.export import load_model, save_model
 from diffusion.interchange_layers import joined, layers, split
-from diffusion.schedules import SCHEDULES, configured_schedule, make_schedule
+from diffusion.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.unet import UNet
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -203,7 +204,13 @@ def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
     betas = scheduler.get("trained_betas")
     if betas is None:
         betas = _named_betas(scheduler, num_steps)
-    prediction = {theirs: ours for ours, theirs in PREDICTIONS.items()}[scheduler.get("prediction_type", "epsilon")]
+    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    predicted = scheduler.get("prediction_type", "epsilon")
+    if predicted not in predictions:
+        raise UserError(f"scheduler_config.json: prediction_type {predicted} is none of {', '.join(predictions)}")
+    prediction = predictions[predicted]
+    if scheduler.get("rescale_betas_zero_snr"):  # twice changes nothing
+        betas = without_terminal_signal(np.asarray(betas, dtype=np.float64))
     for name in SCHEDULES:
         for zero in (False, True):
             ours = make_schedule(name, num_steps, zero_terminal_snr=zero).betas.numpy()
@@ -244,7 +251,15 @@ def _write(folder: Path) -> str:
 def _read(folder: Path) -> str:
     net, diffusion = read_pipeline(folder)
     config = replace(trained(load(paths.PARAMS)), model=net.config, diffusion=diffusion)
-    about = {"weights": "imported", "step": 0, "data_digest": None, "fingerprint": "imported", "run_id": None}
+    digest = sha256((folder / "unet" / WEIGHTS if (folder / "unet").is_dir() else folder / WEIGHTS).read_bytes())
+    about = {
+        "weights": "imported",
+        "step": 0,
+        "val_loss": None,
+        "data_digest": None,
+        "fingerprint": f"imported-{digest.hexdigest()[:16]}",  # else all imports would share one MLflow run
+        "run_id": None,
+    }
     save_model(paths.MODEL, net.state_dict(), config, about)
     return f"{paths.MODEL}: {diffusion.schedule} schedule, {diffusion.prediction} prediction; then: dvc repro -s sample"
 

@@ -40,7 +40,7 @@ def of_model(path: Path) -> list[Row]:
     """
     card = read_card(path)
     rows: list[Row] = [("model", path)]
-    rows += [(key, card[key]) for key in ("weights", "step", "val_loss", "data_digest", "fingerprint", "run_id")]
+    rows += [(key, card.get(key)) for key in ("weights", "step", "val_loss", "data_digest", "fingerprint", "run_id")]
     rows += sorted(card.get("origin", {}).items())
     rows += sorted(flat(trained_from_dict(card["config"])).items())
     samples = _json(paths.SAMPLES_CARD)

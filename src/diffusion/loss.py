@@ -59,7 +59,8 @@ def stratified_timesteps(schedule: NoiseSchedule, count: int, source: torch.Gene
     2021, appendix I.1).
     """
     parts = torch.randperm(count, generator=source, device=source.device)
-    u = torch.rand(count, generator=source, device=source.device, dtype=torch.float64)
+    exact = torch.float32 if source.device.type == "mps" else torch.float64  # mps has no float64
+    u = torch.rand(count, generator=source, device=source.device, dtype=exact)
     return ((parts + u) * (schedule.num_steps / count)).long().clamp(max=schedule.num_steps - 1)
 
 
@@ -102,7 +103,8 @@ class Loss:
 
     def training(self, net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, **given: Tensor) -> Tensor:
         """Scalar loss of x0 (B, C, H, W) at steps t (B,) with noise eps: the weighted mean."""
-        return (self.weights[t] * self.per_image(net, x0, t, eps, **given)).mean()
+        weights = self.weights.to(t.device)  # on mps the tables stay on the CPU
+        return (weights[t] * self.per_image(net, x0, t, eps, **given)).mean()
 
     @torch.inference_mode()
     def validation(

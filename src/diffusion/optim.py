@@ -50,13 +50,13 @@ def clipped_step(
 
     Returns (gradient norm before scaling, whether the step was taken), both () on the device. With AdamW the host does
     not wait for it: the fused optimiser divides by `grad_scale`, and leaves everything as it is where `found_inf` is 1,
-    as it does for torch.amp.GradScaler. Muon has no such switch, so with it the host looks.
+    as it does for torch.amp.GradScaler. Muon has no such switch, nor has AdamW on mps, so there the host looks.
     """
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     taken = loss.isfinite() & norm.isfinite()
     scale = (norm / clip).clamp(min=1.0)
-    if isinstance(optimizer, torch.optim.AdamW):
+    if isinstance(optimizer, torch.optim.AdamW) and norm.device.type != "mps":  # mps takes both and heeds neither
         optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
         optimizer.step()

@@ -36,6 +36,10 @@ def _model(params: "Params") -> Iterator[str]:
             f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
             f"divides model.image_size = {model.image_size} by {stride}: use fewer levels, or another size"
         )
+    sizes = [model.image_size // model.patch_size // 2**level for level in range(len(model.multipliers))]
+    for size in model.attention_resolutions:
+        if size not in sizes:
+            yield f"model.attention_resolutions = {size}: the levels' feature maps have the sizes {sizes}"
     for width in {model.channels * m for m in model.multipliers}:
         if model.head_channels and width % model.head_channels:
             yield (
@@ -51,6 +55,11 @@ def _sampling(params: "Params") -> Iterator[str]:
             yield f"{key} = {steps} is more than diffusion.num_steps = {num_steps}: lower it"
     if params.diffusion.zero_terminal_snr and params.diffusion.prediction == "eps":
         yield "diffusion.zero_terminal_snr leaves nothing to predict x0 from with prediction eps: use v, x0 or edm"
+    if params.diffusion.zero_terminal_snr and params.train.loss_weight == "min_snr":
+        yield (
+            "train.loss_weight = min_snr gives no weight to the step without signal that diffusion.zero_terminal_snr "
+            "makes, where sampling begins: use simple or own"
+        )
     classes, sample = params.model.num_classes, params.sample
     if classes is None and (sample.guidance != 1.0 or sample.labels != "balanced"):
         yield "sample.guidance and sample.labels need classes: set model.num_classes (CIFAR-10: 10)"
@@ -66,6 +75,11 @@ def _rest(params: "Params") -> Iterator[str]:
         yield (
             f"train.processes = {train.processes} is more than train.batch_size = {train.batch_size}, "
             "which they share: lower it"
+        )
+    if train.warmup_steps > train.steps:
+        yield (
+            f"train.warmup_steps = {train.warmup_steps} is more than train.steps = {train.steps}, so train.lr would "
+            "never be reached: lower it"
         )
     if train.best_by == "fd_lite0" and not train.evaluate_every:
         yield "train.best_by = fd_lite0 needs values of it: set train.evaluate_every, or train.best_by: val_loss"

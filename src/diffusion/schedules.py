@@ -148,7 +148,7 @@ def _even_in(of_log_sigma: Callable[[np.ndarray], np.ndarray]) -> Callable[[Nois
 SPACINGS: dict[str, Callable[[NoiseSchedule, int], np.ndarray]] = {
     "uniform": lambda schedule, count: np.linspace(schedule.num_steps - 1, 0, count),
     "quadratic": lambda schedule, count: np.linspace(math.sqrt(schedule.num_steps - 1), 0, count) ** 2,
-    "trailing": lambda schedule, count: np.arange(count, 0, -1) * schedule.num_steps / count - 1,
+    "trailing": lambda schedule, count: np.round(np.arange(count, 0, -1) * schedule.num_steps / count) - 1,
     "logsnr": _even_in(lambda log_sigma: log_sigma),
     "karras": _even_in(lambda log_sigma: np.exp(log_sigma / 7.0)),
 }

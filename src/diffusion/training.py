@@ -30,7 +30,7 @@ MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
 SMOOTHING = 0.9  # of the smoothed loss, a logged row
 # Keys of the train section that say how the same steps are computed: a training may go on with others.
-HOW = ("micro_batch", "compile", "processes")
+HOW = ("micro_batch", "compile", "processes", "checkpoint_every")
 
 
 @dataclass
@@ -176,13 +176,13 @@ class Trainer:
     def validate(self) -> float:
         """Validation loss of the EMA weights; the best ones are kept."""
         progress = self.progress
-        size = 2 * len(self.share)
+        size = 2 * (self.config.train.micro_batch or len(self.share))
         value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world, **self.val_given)
         progress.val_rows.append({"step": progress.step, "val_loss": value})
         if value < progress.best_val_loss:
             progress.best_val_loss = value
             if self.config.train.best_by == "val_loss":
-                self._keep()
+                self.keep()
         return value
 
     def evaluate(self) -> float:
@@ -193,7 +193,7 @@ class Trainer:
         if value < progress.best_fd_lite0:
             progress.best_fd_lite0 = value
             if self.config.train.best_by == "fd_lite0":
-                self._keep()
+                self.keep()
         return value
 
     def evaluates(self, step: int) -> bool:
@@ -202,14 +202,19 @@ class Trainer:
         due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
         return bool(due and self._score)
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
+        """Take the EMA weights of now for the ones to export."""
         self.progress.best_step = self.progress.step
         self.best = copy.deepcopy(self.ema.net.state_dict())
 
     def save(self) -> None:
-        """Checkpoint the state as it is now; all ranks call it, and rank 0 writes."""
+        """Checkpoint the state as it is now; all ranks call it, and rank 0 writes.
+
+        Not amid bad steps, but at the end: a rollback, in this sitting or the next, must lead back to before them.
+        """
         self.settle()
-        if not self.world.is_main:
+        amid = self.progress.bad_in_a_row and self.progress.step < self.config.train.steps
+        if amid or not self.world.is_main:
             return
         state = {
             "net": self.net.state_dict(),
@@ -217,6 +222,7 @@ class Trainer:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress) | {"recent": self._recent},
+            "precision": str(self.dtype).removeprefix("torch."),
         }
         checkpoint.save(state, self.folder, self.progress.step)
 
@@ -313,6 +319,8 @@ class Trainer:
         self.ema.net.load_state_dict(state["ema"])
         self.best = {name: value.to(self.device) for name, value in state["best"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.config.train.precision == "auto":  # what it was begun with, whatever this machine would choose
+            self.dtype = self.loss.dtype = getattr(torch, state["precision"])
         values: dict[str, Any] = state["progress"]
         self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)
@@ -342,14 +350,16 @@ def train(trainer: Trainer) -> Iterator[Record]:
         if trainer.reads(progress.step) and progress.bad_in_a_row >= MAX_BAD_STEPS:
             trainer.roll_back()
             progress = trainer.progress
+            yield record  # of a step that does not count any more
+            continue
         last = progress.step == config.steps
+        if last and config.best_by == "last":
+            trainer.keep()
         if last or progress.step % config.validate_every == 0:
             record.val_loss = trainer.validate()
         if trainer.evaluates(progress.step):
             record.fd_lite0 = trainer.evaluate()
         progress.seconds += time.perf_counter() - start
         if last or progress.step % config.checkpoint_every == 0:
-            trainer.settle()
-            if last or not progress.bad_in_a_row:
-                trainer.save()  # never amid bad steps: a rollback must lead back to before them
+            trainer.save()
         yield record

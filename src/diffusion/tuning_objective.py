@@ -58,7 +58,7 @@ def load_reference(params: Params, extractor: EfficientNetLite0) -> Reference:
 
 
 def draw(trainer: Trainer, params: Params) -> torch.Tensor:
-    """uint8 (tune.sample_images, H, W, C) by the EMA weights that the train stage would keep.
+    """uint8 (tune.sample_images, H, W, C) by the EMA weights that the trial kept.
 
     Sampled as previews are, from the same noise in every trial.
     """

@@ -144,7 +144,7 @@ def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
     tree["train"] |= {
         "steps": steps,
         "evaluate_every": 0,  # a trial is scored at its end
-        "best_by": "val_loss",
+        "best_by": "last" if train.best_by == "last" else "val_loss",
         "warmup_steps": round(train.warmup_steps * share),
         "validate_every": max(1, round(train.validate_every * share)),
         "checkpoint_every": max(1, min(train.checkpoint_every, math.ceil(steps / 4))),  # what a kill costs at most
