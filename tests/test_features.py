@@ -205,17 +205,24 @@ def test_the_networks_run_without_tf32(which: str, weights: Path, monkeypatch: p
     extractor = EfficientNetLite0() if which == "lite0" else Inception(weights)
     seen = []
 
-    def look(*_: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.backends.cudnn.allow_tf32)
+    def look(x: torch.Tensor, *_: object) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
         return torch.zeros(1, 1, 1, 1)
 
     if isinstance(extractor, EfficientNetLite0):
         monkeypatch.setattr(extractor.net, "extract_features", look)
     else:
         monkeypatch.setattr(extractor.layers, "forward", look)
-    before = torch.backends.cudnn.allow_tf32
-    extractor(images(1))
-    assert seen == [False]
+        monkeypatch.setattr(features, "resize_as_tensorflow1", look)  # two products
+    before, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as training does on a GPU
+    try:
+        extractor(images(1))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(products)
+    assert set(seen) == {(False, "highest")}
+    assert len(seen) == (1 if which == "lite0" else 2)
     assert torch.backends.cudnn.allow_tf32 == before
 
 

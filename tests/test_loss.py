@@ -44,6 +44,14 @@ def test_the_loss_of_no_prediction_is_the_targets_mean_square() -> None:
     assert float(training(make_loss("v"), Zero(), x0, generator(0, "a"))) == pytest.approx(expected, rel=0.03)
 
 
+def test_weights_may_lie_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on mps, which has no float64: its tables stay there. The meta device refuses to mix with others too."""
+    x0, t = torch.zeros((2, 3, 4, 4), device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    loss = make_loss(weight="min_snr")
+    monkeypatch.setattr(loss, "per_image", lambda *_: torch.zeros(2, device="meta"))
+    assert loss.training(Zero(), x0, t, x0).device.type == "meta"
+
+
 def test_min_snr_weights_are_those_of_the_paper() -> None:
     """Hang et al. 2023, section 3.4: eps min(SNR, 5) / SNR, x0 min(SNR, 5), v min(SNR, 5) / (SNR + 1)."""
     snr = torch.tensor([0.01, 1.0, 5.0, 100.0])

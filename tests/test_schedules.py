@@ -102,6 +102,15 @@ def test_spacings_are_what_they_say() -> None:
     ]  # it is even there
 
 
+@pytest.mark.parametrize("count", [7, 16, 48, 80, 160])
+def test_trailing_spacing_is_that_of_diffusers(count: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(count)
+    ours = sampling_timesteps("trailing", make_schedule("linear", 1000), count)
+    assert ours.tolist() == scheduler.timesteps.tolist()
+
+
 def test_karras_spacing_is_the_papers() -> None:
     """Karras et al. 2022, eq. 5 with rho = 7, to the nearest of 100,000 steps."""
     schedule = make_schedule("edm", 100_000)

@@ -164,6 +164,21 @@ def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_num
         np.testing.assert_array_equal(weight, resumed[name])
 
 
+def test_a_training_killed_before_its_only_preview_can_still_finish(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_params(**{"train.preview_every": 100})
+    run_all("prepare")
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion.fit.write_previews", killed)
+        assert run("train").exit_code == 130
+    run_all("train")
+    assert {p.name for p in paths.PREVIEWS.iterdir()} == {"step_000008.png", "step_000008_denoising.png"}
+
+
 @pytest.mark.slow
 def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
     write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})

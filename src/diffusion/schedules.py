@@ -134,6 +134,11 @@ def sampling_timesteps(spacing: str, schedule: NoiseSchedule, count: int) -> Ten
     return _distinct(np.round(SPACINGS[spacing](schedule, count)).astype(np.int64))
 
 
+def _down(num_steps: int, count: int) -> np.ndarray:
+    """Lin et al.'s own arithmetic, whose rounding errors decide at exact halves."""
+    return np.arange(num_steps, 0, -num_steps / count)[:count]
+
+
 def _even_in(of_log_sigma: Callable[[np.ndarray], np.ndarray]) -> Callable[[NoiseSchedule, int], np.ndarray]:
     def steps(schedule: NoiseSchedule, count: int) -> np.ndarray:
         log_sigma = -schedule.log_ratio().cpu().numpy()
@@ -148,7 +153,7 @@ def _even_in(of_log_sigma: Callable[[np.ndarray], np.ndarray]) -> Callable[[Nois
 SPACINGS: dict[str, Callable[[NoiseSchedule, int], np.ndarray]] = {
     "uniform": lambda schedule, count: np.linspace(schedule.num_steps - 1, 0, count),
     "quadratic": lambda schedule, count: np.linspace(math.sqrt(schedule.num_steps - 1), 0, count) ** 2,
-    "trailing": lambda schedule, count: np.round(np.arange(count, 0, -1) * schedule.num_steps / count) - 1,
+    "trailing": lambda schedule, count: np.round(_down(schedule.num_steps, count)) - 1,
     "logsnr": _even_in(lambda log_sigma: log_sigma),
     "karras": _even_in(lambda log_sigma: np.exp(log_sigma / 7.0)),
 }
