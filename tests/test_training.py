@@ -93,9 +93,7 @@ def test_training_is_plain_adamw_on_the_mean_squared_error(tiny, tiny_data, tmp_
         optimizer.param_groups[0]["lr"] = config.train.lr * min(1.0, (k + 1) / 2)
         optimizer.step()
     for a, b in zip(trainer.net.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(
-            a, b, rtol=1e-3, atol=2e-5
-        )  # Adam divides by small gradients, which differ in rounding
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)  # Adam makes small differences of gradients large
 
 
 def test_it_learns(tiny, tiny_data, tmp_path: Path) -> None:
@@ -179,10 +177,8 @@ def test_ten_in_a_row_roll_back_to_the_last_checkpoint(
     steps = [record.step for record in train(trainer)]
     assert steps == [*range(1, 17), *range(5, 31)]  # not to steps 8 or 12, which were amid the bad ones
     assert (trainer.progress.rollbacks, trainer.progress.skipped) == (1, 10)
-    assert [row["step"] for row in trainer.progress.val_rows] == [
-        *range(4, 30, 4),
-        30,
-    ]  # once each, though it was at 4 twice
+    validated = [row["step"] for row in trainer.progress.val_rows]
+    assert validated == [*range(4, 30, 4), 30]  # once each, though it was at 4 twice
     assert all(p.isfinite().all() for p in trainer.net.parameters())
 
 

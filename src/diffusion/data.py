@@ -77,7 +77,7 @@ def split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, n
     """Sorted (train, validation) indices; validation holds each class in proportion to its share of `labels` (N,).
 
     Raises:
-        UserError: `val_images` would leave no image for training, or not one of each class for validation.
+        UserError: `val_images` would leave no image for training, or is less than the number of classes.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if not len(classes) <= val_images <= len(labels) - len(classes):
