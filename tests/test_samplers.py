@@ -29,8 +29,25 @@ def gaussian_denoiser(schedule: NoiseSchedule):
     return denoise
 
 
-def start(count: int = 60_000, seed: int = 0) -> Tensor:
-    return torch.randn((count, 1, 1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+MEAN = torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)
+COVARIANCE = torch.tensor([[0.25, 0.12, 0.0], [0.12, 0.2, -0.05], [0.0, -0.05, 0.1]], dtype=torch.float64)
+
+
+def correlated_denoiser(schedule: NoiseSchedule):
+    """E[x0 | x_t] = mu + a C (a^2 C + s^2)^-1 (x_t - a mu) of data N(mu, C) over channels, in C's eigenbasis."""
+    variances, basis = torch.linalg.eigh(COVARIANCE)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Prediction:
+        a, s = (float(value) for value in signal_and_noise(schedule, t[:1], x_t))
+        z = (x_t.flatten(1) - a * MEAN) @ basis
+        x0 = (MEAN + (a * variances / (a**2 * variances + s**2) * z) @ basis.T).view_as(x_t)
+        return Prediction(x0, (x_t - a * x0) / s)
+
+    return denoise
+
+
+def start(count: int = 60_000, seed: int = 0, channels: int = 1) -> Tensor:
+    return torch.randn((count, channels, 1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def finish(steps):
@@ -60,6 +77,18 @@ def test_full_chains_reach_the_datas_mean_and_variance(name: str, sampler: str, 
     x0 = finish(SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, start(), timesteps, **options))
     assert float(x0.mean()) == pytest.approx(MU, abs=0.012)
     assert float(x0.std()) == pytest.approx(SIGMA, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "count"), [("ddpm", 500), ("ddim", 500), ("heun", 50), ("dpmpp_2m", 50), ("unipc", 50)]
+)
+def test_samples_have_the_datas_covariance(sampler: str, count: int) -> None:
+    torch.manual_seed(0)
+    schedule = make_schedule("cosine", 1000)
+    timesteps = sampling_timesteps("trailing", schedule, count)
+    x0 = finish(SAMPLERS[sampler](correlated_denoiser(schedule), schedule, start(channels=3), timesteps))
+    torch.testing.assert_close(x0.flatten(1).mean(0), MEAN, rtol=0, atol=0.01)
+    torch.testing.assert_close(x0.flatten(1).T.cov(), COVARIANCE, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "logsnr", "karras"])
