@@ -23,8 +23,9 @@ from diffusion import config, paths, training, tuning, tuning_apply, tuning_tria
 from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.journal import Tracker
+from diffusion.progress import Record
 from diffusion.reference import Reference
-from diffusion.training import Record, Trainer
+from diffusion.training import Trainer
 from diffusion.tuning_study import SharedStudy, quiet, storage_url
 from diffusion.tuning_trial import Attempt
 

@@ -25,10 +25,11 @@ from diffusion.export import save_model
 from diffusion.journal import NullTracker, Tracker
 from diffusion.mlflow_writer import SystemMetrics
 from diffusion.previews import write_previews
+from diffusion.progress import Record
 from diffusion.provenance import origin
 from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.scoring import Scorer
-from diffusion.training import Record, Trainer, fingerprint, train
+from diffusion.training import Trainer, fingerprint, train
 
 
 def fit(params: Params) -> None:

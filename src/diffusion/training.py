@@ -5,8 +5,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffusion.distributed import ALONE, World, data_parallel
 from diffusion.ema import EMA, ema_decay
 from diffusion.loss import Loss
 from diffusion.optim import clipped_step, learning_rate, make_optimizer
+from diffusion.progress import Progress, Record, smoothed
 from diffusion.provenance import code_digest
 from diffusion.runtime import compiled, generator, resolve_precision, seeded, use_fast_kernels
 from diffusion.schedules import configured_schedule
@@ -28,42 +29,8 @@ from diffusion.unet import UNet
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
-SMOOTHING = 0.9  # of the smoothed loss, a logged row
 # Keys of the train section that say how the same steps are computed: a training may go on with others.
 HOW = ("micro_batch", "compile", "processes", "checkpoint_every")
-
-
-@dataclass
-class Progress:
-    """Everything of a training's state that is not a tensor."""
-
-    step: int = 0
-    best_step: int = 0
-    best_val_loss: float = math.inf
-    skipped: int = 0  # steps not taken because their loss or gradient was not finite
-    bad_in_a_row: int = 0
-    rollbacks: int = 0
-    seconds: float = 0.0  # of training, over all sittings
-    loss_rows: list[dict[str, float]] = field(default_factory=list)
-    val_rows: list[dict[str, float]] = field(default_factory=list)
-    best_fd_lite0: float = math.inf
-    fd_rows: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class Record:
-    """What a step was like. `row`, `val_loss` and `fd_lite0` are there on the steps that log, validate and evaluate."""
-
-    step: int  # steps done
-    device_loss: Tensor  # () on the device; may be of a step that it has not computed yet
-    row: dict[str, float] | None = None
-    val_loss: float | None = None
-    fd_lite0: float | None = None
-
-    @property
-    def loss(self) -> float:
-        """Loss of the global batch; waits for the device."""
-        return float(self.device_loss)
 
 
 def fingerprint(config: TrainedConfig, data_digest: str) -> str:
@@ -324,15 +291,6 @@ class Trainer:
         values: dict[str, Any] = state["progress"]
         self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)
-
-
-def smoothed(rows: Sequence[Mapping[str, float]], loss: float) -> float:
-    """Next value of the smoothed loss: an average with warm-up like the weights'; a loss of NaN leaves it as it is."""
-    before = rows[-1]["loss_smoothed"] if rows else math.nan
-    if math.isnan(before) or math.isnan(loss):
-        return loss if math.isnan(before) else before
-    decay = ema_decay(len(rows), SMOOTHING)
-    return decay * before + (1 - decay) * loss
 
 
 def train(trainer: Trainer) -> Iterator[Record]:

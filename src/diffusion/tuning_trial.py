@@ -17,8 +17,9 @@ from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0
 from diffusion.journal import Tracker
+from diffusion.progress import Record
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import Record, Trainer, train
+from diffusion.training import Trainer, train
 from diffusion.tuning_objective import common_error, draw, load_reference, score
 from diffusion.tuning_space import Value, trial_config
 from diffusion.tuning_study import SharedStudy
