@@ -131,6 +131,15 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     assert steps(tmp_path) == [list(range(fast_trials.STEPS))] * 5, "a step was done twice"
 
 
+def test_ctrl_c_while_the_workers_start_ends_all_of_them(tmp_path: Path, hold: Path) -> None:
+    sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
+    workers = until(lambda: found if len(found := sitting.workers()) == 2 else [])
+    os.killpg(sitting.process.pid, signal.SIGINT)
+    assert sitting.wait() == 130
+    assert not any(worker.is_running() for worker in workers)
+    assert "Traceback" not in sitting.log.read_text()
+
+
 def test_workers_do_not_outlive_their_parent(tmp_path: Path, hold: Path, store: Store) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
     at_work(store, 2)
