@@ -1,9 +1,10 @@
 """An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
 
 As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder. While a file named
-`hold` lies there, trials wait after their first step.
+`hold` lies there, trials wait after their first step; one of them finds a file named `outage`, and no store.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from diffusion.tuning_trial import Attempt, Objective
 STUDY = "00000000c1fa0010"
 STEPS = 8
 SECONDS = float(os.environ.get("FAST_TRIAL_SECONDS", "0.3"))  # a step
-HOLD = Path("hold")
+HOLD, OUTAGE = Path("hold"), Path("outage")
 
 
 def prepare(params: Params) -> Objective:
@@ -50,6 +51,7 @@ def objective(attempt: Attempt) -> float:
     attempt.line.begin(attempt.number, done, STEPS)
     for step in range(done, STEPS):
         while step and HOLD.exists() and not attempt.asked_to_stop():
+            _meet_outage()
             time.sleep(0.05)
         if attempt.asked_to_stop():
             raise KeyboardInterrupt
@@ -59,6 +61,12 @@ def objective(attempt: Attempt) -> float:
         attempt.report((step + 1) * budget // STEPS, value(rate, schedule) + STEPS - step)
         attempt.line.show(step + 1)
     return value(rate, schedule)
+
+
+def _meet_outage() -> None:
+    with contextlib.suppress(FileNotFoundError):
+        OUTAGE.unlink()
+        raise StorageInternalError("the server closed the connection")
 
 
 class Store:

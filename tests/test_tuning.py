@@ -494,6 +494,35 @@ def test_the_median_prunes_what_does_worse_half_way(place: Path, tiny: Callable[
     assert all(row["value"] == "" and row["error"] == "9.0" for row in rows[3:])
 
 
+def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.trials": 12, "tune.pruner": "hyperband"})
+    tuning.search("0" * 16, params, storage_url(params.tune), worse_after_three)
+    rows = table()
+    assert [row["state"] for row in rows][:3] == ["COMPLETE"] * 3
+    pruned = [row for row in rows if row["state"] == "PRUNED"]
+    assert pruned
+    assert len(rows) == 12
+    assert all(row["reason"].startswith("hyperband: an error of 9 after ") for row in pruned)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_each_sampler_finishes_a_study(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """More trials than begin at random; numbers on each kind of scale."""
+    spans = {"train.warmup_steps": {"low": 0, "high": 8, "step": 2}, "train.weight_decay": {"low": 0.0, "high": 0.1}}
+    params = tiny(**TUNE | {"tune.trials": 6, "tune.sampler": sampler, "tune.space": SPACE | spans})
+    monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
+    rows = table()
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 6
+    assert len({row["train.lr"] for row in rows}) == 6
+    for row in rows:
+        assert 2e-4 <= float(row["train.lr"]) <= 5e-3
+        assert int(row["train.warmup_steps"]) in range(0, 9, 2)
+        assert 0 <= float(row["train.weight_decay"]) <= 0.1
+
+
 def worse_after_three(params: config.Params) -> Callable[[Attempt], float]:
     def objective(attempt: Attempt) -> float:
         for images in range(4, 33, 4):

@@ -140,6 +140,32 @@ def test_ctrl_c_while_the_workers_start_ends_all_of_them(tmp_path: Path, hold: P
     assert "Traceback" not in sitting.log.read_text()
 
 
+def test_an_outage_that_one_worker_meets_ends_the_sitting_and_the_others_hand_back(
+    tmp_path: Path, hold: Path, store: Store
+) -> None:
+    sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 3})
+    at_work(store, 3)
+    (tmp_path / fast_trials.OUTAGE).touch()
+    assert sitting.wait() == 2
+    assert sorted((t.state.name, t.user_attrs["stopped"]) for t in store.trials()) == [
+        ("FAIL", True),
+        ("FAIL", True),
+        ("RUNNING", False),  # by nobody: taken over next time
+    ]
+    said = [line for line in sitting.log.read_text().splitlines() if "error: " in line]
+    number = said[0].removeprefix("worker ")[0]
+    assert said == [
+        f"worker {number}: error: the store does not answer (the server closed the connection); "
+        "`make tune` goes on when it does",
+        f"error: worker {number} failed, see above; `make tune` goes on when that is put right",
+    ]
+    assert "Traceback" not in sitting.log.read_text()
+
+    hold.unlink()
+    assert Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2}).wait() == 0
+    assert steps(tmp_path) == [list(range(fast_trials.STEPS))] * 5, "a step was done twice"
+
+
 def test_workers_do_not_outlive_their_parent(tmp_path: Path, hold: Path, store: Store) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
     at_work(store, 2)
