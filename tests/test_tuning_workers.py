@@ -57,31 +57,32 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def until(true: Callable[[], Any]) -> Any:
-    """Wait for it; what it returned."""
+def until(true: Callable[[], Any], *sittings: Sitting) -> Any:
+    """Wait for it while the sittings last; what it returned."""
     end = time.monotonic() + SECONDS
     while not (found := true()):
         assert time.monotonic() < end
+        assert all(sitting.process.poll() is None for sitting in sittings), [s.log.read_text() for s in sittings]
         time.sleep(0.2)
     return found
 
 
-def at_work(store: Store, count: int) -> list[FrozenTrial]:
+def at_work(store: Store, count: int, *sittings: Sitting) -> list[FrozenTrial]:
     """The trials of `count` workers that are all in the middle of one: they are on `hold`, so they stay there."""
 
     def found() -> list[FrozenTrial]:
         running = [trial for trial in store.trials("RUNNING") if trial.intermediate_values]
         return running if len(running) == count else []
 
-    trials: list[FrozenTrial] = until(found)
+    trials: list[FrozenTrial] = until(found, *sittings)
     return trials
 
 
-def kill_a_worker(store: Store, count: int) -> FrozenTrial:
+def kill_a_worker(store: Store, count: int, *sittings: Sitting) -> FrozenTrial:
     """SIGKILL one of `count` workers, wait until another has its trial; that trial."""
-    victim = at_work(store, count)[-1]
+    victim = at_work(store, count, *sittings)[-1]
     os.kill(int(victim.user_attrs["pid"]), signal.SIGKILL)
-    until(lambda: [t for t in store.trials("RUNNING") if t.system_attrs.get("failed_trial") == victim.number])
+    until(lambda: any(t.system_attrs.get("failed_trial") == victim.number for t in store.trials("RUNNING")), *sittings)
     return victim
 
 
@@ -108,7 +109,7 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     tmp_path: Path, hold: Path, store: Store
 ) -> None:
     first = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
-    victim = kill_a_worker(store, 2)
+    victim = kill_a_worker(store, 2, first)
     workers = first.workers()
     os.killpg(first.process.pid, signal.SIGINT)  # as a terminal does
     assert first.wait() == 130
@@ -133,7 +134,7 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
 
 def test_ctrl_c_while_the_workers_start_ends_all_of_them(tmp_path: Path, hold: Path) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
-    workers = until(lambda: found if len(found := sitting.workers()) == 2 else [])
+    workers = until(lambda: found if len(found := sitting.workers()) == 2 else [], sitting)
     os.killpg(sitting.process.pid, signal.SIGINT)
     assert sitting.wait() == 130
     assert not any(worker.is_running() for worker in workers)
@@ -144,7 +145,7 @@ def test_an_outage_that_one_worker_meets_ends_the_sitting_and_the_others_hand_ba
     tmp_path: Path, hold: Path, store: Store
 ) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 3})
-    at_work(store, 3)
+    at_work(store, 3, sitting)
     (tmp_path / fast_trials.OUTAGE).touch()
     assert sitting.wait() == 2
     assert sorted((t.state.name, t.user_attrs["stopped"]) for t in store.trials()) == [
@@ -168,7 +169,7 @@ def test_an_outage_that_one_worker_meets_ends_the_sitting_and_the_others_hand_ba
 
 def test_workers_do_not_outlive_their_parent(tmp_path: Path, hold: Path, store: Store) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
-    at_work(store, 2)
+    at_work(store, 2, sitting)
     workers = sitting.workers()
     sitting.process.kill()
     _, alive = psutil.wait_procs(workers, SECONDS)
@@ -188,7 +189,7 @@ def test_two_machines_with_three_workers_each_share_one_study(tmp_path: Path) ->
     with postgres_server(tmp_path / "postgres") as url:
         store = Store(url.replace("postgresql:", "postgresql+psycopg2:"))
         machines = [Sitting(place, url, **{"tune.trials": 9, "tune.workers": 3}) for place in places]
-        kill_a_worker(store, 6)
+        kill_a_worker(store, 6, *machines)
         for place in places:
             (place / fast_trials.HOLD).unlink()
         assert [machine.wait() for machine in machines] == [0, 0], [m.log.read_text() for m in machines]
