@@ -1,8 +1,10 @@
 """An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
 
-As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder.
+As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder. While a file named
+`hold` lies there, trials wait after their first step; one of them finds a file named `outage`, and no store.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -10,14 +12,22 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+from sqlalchemy.pool import NullPool
+
 from diffusion import config, tuning
 from diffusion.config import Params
+from diffusion.errors import UserError
 from diffusion.tuning_study import storage_url
 from diffusion.tuning_trial import Attempt, Objective
 
 STUDY = "00000000c1fa0010"
 STEPS = 8
 SECONDS = float(os.environ.get("FAST_TRIAL_SECONDS", "0.3"))  # a step
+HOLD, OUTAGE = Path("hold"), Path("outage")
 
 
 def prepare(params: Params) -> Objective:
@@ -40,6 +50,9 @@ def objective(attempt: Attempt) -> float:
     assert isinstance(rate, float)
     attempt.line.begin(attempt.number, done, STEPS)
     for step in range(done, STEPS):
+        while step and HOLD.exists() and not attempt.asked_to_stop():
+            _meet_outage()
+            time.sleep(0.05)
         if attempt.asked_to_stop():
             raise KeyboardInterrupt
         time.sleep(SECONDS)
@@ -50,8 +63,37 @@ def objective(attempt: Attempt) -> float:
     return value(rate, schedule)
 
 
+def _meet_outage() -> None:
+    with contextlib.suppress(FileNotFoundError):
+        OUTAGE.unlink()
+        raise StorageInternalError("the server closed the connection")
+
+
+class Store:
+    """A study's store as a test looks into it, however often: no connection stays open in between."""
+
+    def __init__(self, url: str) -> None:
+        """Of a study that a sitting makes at some time."""
+        self.url = url
+        self.study: optuna.Study | None = None
+
+    def trials(self, *states: str) -> list[FrozenTrial]:
+        """Trials by number, of the named states or of all; none before there is a study."""
+        if self.study is None:
+            try:
+                made = {"skip_compatibility_check": True, "skip_table_creation": True}  # by the sitting
+                storage = RDBStorage(self.url, {"poolclass": NullPool}, **made)
+                self.study = optuna.load_study(study_name=STUDY, storage=storage)
+            except (KeyError, StorageInternalError):  # no study, table or file yet
+                return []
+        return [trial for trial in self.study.trials if not states or trial.state.name in states]
+
+
 def main(overrides: str) -> None:
-    """Search as params.yaml with `overrides` (JSON) says, without MLflow; exit status 130 if it was stopped."""
+    """Search as params.yaml with `overrides` (JSON) says, without MLflow.
+
+    Exit status 130: it was stopped; 2: a UserError, which is one line.
+    """
     params = config.load(
         Path(__file__).parents[1] / "params.yaml",
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
@@ -61,6 +103,9 @@ def main(overrides: str) -> None:
     except KeyboardInterrupt as error:
         print(error)
         sys.exit(130)
+    except UserError as error:
+        print(f"error: {error}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

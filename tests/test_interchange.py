@@ -119,6 +119,64 @@ def test_what_has_no_counterpart_is_refused(overrides: dict[str, Any], words: st
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("trained_betas", [False, True], ids=["by name", "as numbers"])
+def test_rescaled_betas_are_a_schedule_without_terminal_signal(trained_betas: bool) -> None:
+    betas = {"trained_betas": diffusers.DDPMScheduler().betas.tolist()} if trained_betas else {}
+    given = {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    theirs = diffusers.DDPMScheduler(**given, **betas)
+    read = interchange.diffusion_config(dict(theirs.config))
+    assert read == config.DiffusionConfig("linear", 1000, True, "v")
+    ours = interchange.configured_schedule(read).alphas_cumprod
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), ours, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ({"prediction_type": "flow"}, "prediction_type flow is none of epsilon, sample, v_prediction"),
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule scaled_linear cannot be read"),
+        ({"beta_end": 0.03}, "the betas are those of no schedule"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr .* with prediction_type epsilon"),
+    ],
+    ids=str,
+)
+def test_a_scheduler_that_is_none_of_ours_is_one_line(scheduler: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        interchange.diffusion_config(scheduler)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]}, "up_block_types"),
+        ({"down_block_types": ["DownBlock2D", "DownBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
+        ({"attn_norm_num_groups": 4}, "attn_norm_num_groups = 4; only None"),
+        ({"layers_per_block": None}, "layers_per_block is missing"),
+        ({"layers_per_block": 1}, "does not fit its config.json"),
+    ],
+    ids=str,
+)
+def test_a_network_of_another_kind_is_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    trained = small()
+    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    file = tmp_path / "unet/config.json"
+    changed = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+    with pytest.raises(UserError, match=words) as caught:
+        interchange.read_pipeline(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    trained = small()
+    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    file = tmp_path / "unet" / interchange.WEIGHTS
+    save_file({**load_file(file), "down_blocks.0.attentions.0.group_norm.weight": torch.ones(32)}, file)
+    with pytest.raises(UserError, match=r"has down_blocks\.0\.attentions\.0\.group_norm\.weight"):
+        interchange.read_pipeline(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["missing", "other U-Net", "other betas", "other weights", "no JSON"])
 def test_unusable_folders_are_one_line(damage: str, tmp_path: Path) -> None:
     trained = small()
@@ -145,8 +203,8 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     save_model(tmp_path / "models/model.safetensors", randomised(trained).state_dict(), trained, {"step": 3})
     before = load_file(tmp_path / "models/model.safetensors")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "diffusion.interchange", *arguments]
+    def run(*arguments: str, module: str = "interchange") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"diffusion.{module}", *arguments]
         environment = {"PYTHONPATH": str(REPO / "src"), "PATH": "", "DVC_ROOT": str(tmp_path)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
@@ -156,6 +214,12 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     after = load_file(tmp_path / "models/model.safetensors")
     assert {k: v.tolist() for k, v in before.items()} == {k: v.tolist() for k, v in after.items()}
+    lineage = run(module="lineage")
+    assert lineage.returncode == 0, lineage.stderr
+    explained = dict(line.split(maxsplit=1) for line in lineage.stdout.splitlines())
+    assert explained["weights"] == "imported"
+    assert explained["fingerprint"].startswith("imported-")
+    assert explained["diffusion.schedule"] == "linear"
     wrong = run("read", "nowhere")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: nowhere is not a diffusers pipeline")

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from conftest import REPO
 
+from diffusion.config import load, write_yaml
+from diffusion.tuning_space import changed, present, read_space, trial_config
+
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -36,6 +39,23 @@ def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
     rank = script("tune_rank")
     assert len(set(rank.SETTINGS)) == len(rank.SETTINGS) >= 8
     assert len({rank.name(s, b) for s in rank.SETTINGS for b in rank.BUDGETS}) == 2 * len(rank.SETTINGS)
+
+
+def test_the_settings_lie_in_the_search_space_and_the_rest_names_the_recipe(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank, base = script("tune_rank"), load(REPO / "params.yaml")
+    space = read_space(base)
+    for setting in rank.SETTINGS:
+        values = dict(zip(rank.KEYS, setting, strict=True))
+        assert present(changed(base, values), space)
+        assert trial_config(base, values).train.warmup_steps == 25  # of 1500 steps, as 100 of 6000
+    monkeypatch.chdir(tmp_path)
+    recipes = []
+    for other in ({}, {"train.lr": 1e-3}, {"diffusion.schedule": "sigmoid"}, {"train.warmup_steps": 200}):
+        write_yaml(changed(base, other), Path("params.yaml"))
+        recipes.append(rank.identity())
+    assert recipes[0] == recipes[1] == recipes[2] != recipes[3]
 
 
 def test_a_gain_counts_if_it_is_more_than_the_seeds_spread(script: Any) -> None:
@@ -69,11 +89,14 @@ def test_results_are_kept_for_the_same_recipe_alone(
         assert module.kept({"another": 1}) == {}
         assert json.loads(capsys.readouterr().out)["machine"]
     best = tmp_path / "best.yaml"
-    best.write_text("train:\n  lr: 0.001\ndiffusion:\n  schedule: linear\n")
+    best.write_text("train:\n  lr: 0.001\n  warmup_steps: 300\ndiffusion:\n  schedule: linear\n")
     gain = script("tune_gain")
     read = gain.read(best)
-    assert read == {"train.lr": 0.001, "diffusion.schedule": "linear"}
-    assert gain.identity(read)["default"] == {"train.lr": 0.002, "diffusion.schedule": "cosine"}
+    assert read == {"train.lr": 0.001, "train.warmup_steps": 300, "diffusion.schedule": "linear"}
+    about = gain.identity(read)
+    assert about["default"] == {"train.lr": 0.002, "train.warmup_steps": 100, "diffusion.schedule": "cosine"}
+    assert about["recipe"].items() > about["default"].items()
+    assert present(load("params.yaml", read), read_space(load("params.yaml")))
 
 
 def test_overhead_is_scaled_to_a_whole_trial(script: Any) -> None:

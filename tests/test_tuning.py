@@ -22,11 +22,12 @@ from ruamel.yaml import YAML
 from diffusion import config, paths, training, tuning, tuning_apply, tuning_trial
 from diffusion.data import Dataset
 from diffusion.errors import UserError
+from diffusion.fit import StopRequest
 from diffusion.journal import Tracker
 from diffusion.progress import Record
 from diffusion.reference import Reference
 from diffusion.training import Trainer
-from diffusion.tuning_study import SharedStudy, quiet, storage_url
+from diffusion.tuning_study import GRACE_SECONDS, SharedStudy, quiet, storage_url
 from diffusion.tuning_trial import Attempt
 
 SPACE = {
@@ -225,6 +226,75 @@ def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
     assert "failed_trial" not in shared.trials()[new.number].system_attrs
 
 
+def test_a_setting_off_the_grid_is_not_the_first_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.space": {"train.batch_size": {"low": 2, "high": 8, "step": 3}}})
+    assert params.train.batch_size == 4
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    assert shared.space[0].suggest(trial) in (2, 5, 8)
+    trial.set_user_attr("pid", "999999999")
+    again = shared.claim()
+    assert again
+    assert shared.trials()[1].system_attrs["failed_trial"] == 0
+
+
+def test_a_trial_of_another_machine_is_tried_again_when_its_heart_has_stopped(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    """Whose worker may have died right after it took the trial."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    for _ in range(2):
+        trial = shared.claim()
+        assert trial
+        shared.space[0].suggest(trial)
+        trial.set_user_attr("host", "another machine")
+    late = f"datetime('now', '-{GRACE_SECONDS + 5} seconds')"
+    with shared.storage.engine.begin() as connection:
+        beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").scalars().all()
+        connection.exec_driver_sql(f"UPDATE trial_heartbeats SET heartbeat = {late} WHERE trial_id = {beats[0]}")
+    assert len(beats) == 2
+    taken = shared.claim()
+    assert taken
+    assert [t.state.name for t in shared.trials()] == ["FAIL", "RUNNING", "RUNNING"]
+    assert shared.trials()[taken.number].system_attrs["failed_trial"] == 0
+    assert shared.trials()[taken.number].params == shared.trials()[0].params
+    assert shared.claim() is None, "the trial whose heart beats was taken"
+
+
+def test_a_trial_that_a_dead_workers_server_completes_meanwhile_counts(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres may commit what a worker sent it after that was killed, and after recovery looked."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    done = shared.claim()
+    assert done
+    done.set_user_attr("pid", "999999999")
+    real = shared.study.tell
+
+    def late(number: int, **how: Any) -> None:
+        monkeypatch.setattr(shared.study, "tell", real)
+        monkeypatch.setattr(shared.study.sampler, "after_trial", lambda *_: complete())
+        real(number, **how)
+
+    def complete() -> None:
+        shared.storage.set_trial_state_values(done._trial_id, optuna.trial.TrialState.COMPLETE, [1.0])
+
+    monkeypatch.setattr(shared.study, "tell", late)
+    new = shared.claim()
+    assert new
+    assert [(t.state.name, t.values) for t in shared.trials()] == [("COMPLETE", [1.0]), ("RUNNING", None)]
+
+
+def test_ctrl_c_while_a_worker_is_started_is_heard_afterwards() -> None:
+    with StopRequest() as stop:
+        with tuning._inherited({}):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+
+
 def test_a_worker_that_was_taken_for_dead_does_not_spoil_what_came_after(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,18 +320,28 @@ def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callab
     assert [views[1].claim().number, views[0].claim()] == [3, None]
 
 
-def test_the_store_is_in_wal_mode_with_heartbeats(place: Path, tiny: Callable[..., config.Params]) -> None:
+def test_the_store_is_in_wal_mode_with_heartbeats(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tuning_study.HEARTBEAT_SECONDS", 0.02)
     params = tiny(**TUNE)
     shared = SharedStudy(name_of(params), params, storage_url(params.tune))
     trial = shared.claim()
-    with shared.beating(trial), sqlite3.connect(paths.OPTUNA_DB) as database:
+    with sqlite3.connect(paths.OPTUNA_DB) as database:
         assert database.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
-        for _ in range(500):
-            beats = database.execute("SELECT trial_id FROM trial_heartbeats").fetchall()
-            if beats:
-                break
-            time.sleep(0.02)
-    assert beats == [(trial._trial_id,)]
+
+        def beats() -> list[tuple[int, str]]:
+            return database.execute("SELECT trial_id, heartbeat FROM trial_heartbeats").fetchall()
+
+        assert [beat[0] for beat in beats()] == [trial._trial_id], "there is none before the work begins"
+        database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'")
+        database.commit()
+        with shared.beating(trial):
+            for _ in range(5000):
+                if beats()[0][1] > "2001":
+                    break
+                time.sleep(0.02)
+        assert beats()[0][1] > "2001"
 
 
 @pytest.mark.parametrize(
@@ -413,6 +493,35 @@ def test_the_median_prunes_what_does_worse_half_way(place: Path, tiny: Callable[
     assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + ["PRUNED"] * 3
     assert all(row["reason"] == "median: an error of 9 after 16 images" for row in rows[3:])
     assert all(row["value"] == "" and row["error"] == "9.0" for row in rows[3:])
+
+
+def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.trials": 12, "tune.pruner": "hyperband"})
+    tuning.search("0" * 16, params, storage_url(params.tune), worse_after_three)
+    rows = table()
+    assert [row["state"] for row in rows][:3] == ["COMPLETE"] * 3
+    pruned = [row for row in rows if row["state"] == "PRUNED"]
+    assert pruned
+    assert len(rows) == 12
+    assert all(row["reason"].startswith("hyperband: an error of 9 after ") for row in pruned)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
+def test_each_sampler_finishes_a_study(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """More trials than begin at random; numbers on each kind of scale."""
+    spans = {"train.warmup_steps": {"low": 0, "high": 8, "step": 2}, "train.weight_decay": {"low": 0.0, "high": 0.1}}
+    params = tiny(**TUNE | {"tune.trials": 6, "tune.sampler": sampler, "tune.space": SPACE | spans})
+    monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
+    rows = table()
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 6
+    assert len({row["train.lr"] for row in rows}) == 6
+    for row in rows:
+        assert 2e-4 <= float(row["train.lr"]) <= 5e-3
+        assert int(row["train.warmup_steps"]) in range(0, 9, 2)
+        assert 0 <= float(row["train.weight_decay"]) <= 0.1
 
 
 def worse_after_three(params: config.Params) -> Callable[[Attempt], float]:

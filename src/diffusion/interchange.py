@@ -42,7 +42,9 @@ UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their
     "resnet_time_scale_shift": "default",
     "add_attention": True,
     "class_embed_type": None,
+    "attn_norm_num_groups": None,
 }
+SHAPE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
 DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
     "center_input_sample": False,
     "time_embedding_type": "positional",
@@ -57,6 +59,7 @@ DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
     "resnet_time_scale_shift": "default",
     "add_attention": True,
     "class_embed_type": None,
+    "attn_norm_num_groups": None,
     "downsample_padding": 1,
     "dropout": 0.0,
     "attention_head_dim": 8,
@@ -107,6 +110,8 @@ def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:
         raise UserError(
             f"{place / WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:200]})"
         ) from None
+    if found:
+        raise UserError(f"{place / WEIGHTS} has {min(found)}, of which its config.json knows nothing")
     return net.eval().requires_grad_(False), diffusion_config(scheduler)
 
 
@@ -151,12 +156,15 @@ def model_config(unet: dict[str, Any]) -> ModelConfig:
     Raises:
         UserError: this U-Net cannot compute what that one does.
     """
-    for key, value in UNET_FIXED.items():
-        if unet[key] != value:
-            raise UserError(f"config.json: {key} = {unet[key]!r}; only {value!r} can be read")
+    if missing := [key for key in SHAPE if unet.get(key) is None]:
+        raise UserError(f"config.json: {missing[0]} is missing")
     widths, kinds = unet["block_out_channels"], unet["down_block_types"]
     if any(width % widths[0] for width in widths) or not set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"}:
         raise UserError(f"config.json: levels {kinds} of {widths} channels cannot be read")
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+    for key, value in {**UNET_FIXED, "up_block_types": mirrored}.items():
+        if unet[key] != value:
+            raise UserError(f"config.json: {key} = {unet[key]!r}; only {value!r} can be read")
     return ModelConfig(
         image_size=unet["sample_size"],
         image_channels=unet["in_channels"],
@@ -210,6 +218,8 @@ def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
         raise UserError(f"scheduler_config.json: prediction_type {predicted} is none of {', '.join(predictions)}")
     prediction = predictions[predicted]
     if scheduler.get("rescale_betas_zero_snr"):  # twice changes nothing
+        if prediction == "eps":
+            raise UserError("scheduler_config.json: rescale_betas_zero_snr cannot be read with prediction_type epsilon")
         betas = without_terminal_signal(np.asarray(betas, dtype=np.float64))
     for name in SCHEDULES:
         for zero in (False, True):

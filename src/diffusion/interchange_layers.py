@@ -65,7 +65,7 @@ def split(ours: str, theirs: str, state: dict[str, Tensor]) -> Iterator[tuple[st
 
 
 def joined(ours: str, theirs: str, found: dict[str, Tensor]) -> Tensor:
-    """The parameter `ours` of what diffusers has `found`, under its names of today or of 2022.
+    """The parameter `ours`, taken out of what was `found` under diffusers' names of today or of 2022.
 
     Raises:
         KeyError: it is not there.
@@ -75,7 +75,7 @@ def joined(ours: str, theirs: str, found: dict[str, Tensor]) -> Tensor:
     def get(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")
         stem = next((module.removesuffix(new) + past for new, past in old.items() if module.endswith(new)), module)
-        tensor = found[name] if name in found else found[f"{stem}.{kind}"]
+        tensor = found.pop(name if name in found else f"{stem}.{kind}")
         return tensor.reshape(len(tensor), -1) if ".attentions." in name and tensor.ndim == 4 else tensor
 
     if ".qkv." not in theirs:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -145,19 +146,20 @@ def _start(job: Job, number: int) -> BaseProcess:
 
 @contextmanager
 def _inherited(variables: dict[str, str]) -> Iterator[None]:
-    """Environment and ignored Ctrl-C that a process started inside the block has from its first moment."""
+    """Environment and held-back Ctrl-C of a process that is started inside the block; this one's comes at its end."""
+    resource_tracker.ensure_running()  # when multiprocessing starts it, it lets Ctrl-C through
     before = {key: os.environ.get(key) for key in variables}
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     os.environ.update(variables)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         for key, value in before.items():
             if value is None:
                 del os.environ[key]
             else:
                 os.environ[key] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _terminate(workers: list[BaseProcess]) -> None:

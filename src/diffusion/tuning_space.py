@@ -23,6 +23,7 @@ NOT_SEARCHED = {  # no trial's value depends on them, or the study sets them
     },
     **{f"train.{key}": "every trial is scored alike" for key in ("preview_images", "preview_steps")},
 }
+GRID = 1e-8  # steps that a value may be off it: Optuna's own
 DIGITS = 4  # of a number on a continuous scale: what is trained is what the tables say
 
 
@@ -76,8 +77,11 @@ class Span:
         return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
 
     def has(self, value: object) -> bool:
-        """Whether `value` lies within."""
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        """Whether Optuna can propose `value`: it lies within, and on the grid if there is one."""
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        step = self.step or (1 if self.whole else None)
+        return step is None or abs((value - self.low) / step - round((value - self.low) / step)) < GRID
 
     def corners(self) -> Sequence[Value]:
         """Values that are allowed if all are."""

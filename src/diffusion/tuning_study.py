@@ -122,6 +122,7 @@ class SharedStudy:
             self.study.sampler = self._sampler(count)
             with quiet():  # it would say that heartbeats are ours to send, which is so
                 trial = self.study.ask()
+            self.storage.record_heartbeat(trial._trial_id)  # else nobody could take it over before `beating`
             for key, value in {**signature(), "stopped": False, "final": False, "reason": ""}.items():
                 trial.set_user_attr(key, value)
             return trial
@@ -133,7 +134,9 @@ class SharedStudy:
         for trial in self.trials("RUNNING"):
             # Of a claim that was cut short there may be no signature: its process let go of the lock by dying.
             if not ({"host", "pid"} <= set(trial.user_attrs) and is_alive(trial.user_attrs)):
-                self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+                # Postgres may still complete it, as its worker's last words asked: then it counts.
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
             elif trial.user_attrs["host"] == signature()["host"]:
                 self.storage.record_heartbeat(trial._trial_id)  # after a suspension its own comes late
         with quiet():

@@ -37,10 +37,13 @@ class Job:
 def worker(job: Job, number: int, parent: int) -> None:
     """A worker process: until the study is finished, SIGTERM comes, or its parent is gone.
 
-    Ctrl-C is the parent's to answer. Exit status 2: an error that the user can put right.
+    Ctrl-C is the parent's to answer, which started this process with it blocked. Exit status 2: an error that the user
+    can put right.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what StopRequest puts back
     with StopRequest() as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
             with answering():
                 work(job, number, lambda: stop.asked or os.getppid() != parent)

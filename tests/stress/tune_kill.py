@@ -9,7 +9,6 @@ figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names 
 import collections
 import contextlib
 import csv
-import functools
 import json
 import os
 import random
@@ -21,9 +20,8 @@ import time
 from pathlib import Path
 
 import click
-import fast_trials
-import optuna
 import psutil
+from fast_trials import Store
 
 REPO = Path(__file__).parents[2]
 
@@ -49,17 +47,17 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
     environment["FAST_TRIAL_SECONDS"] = "0.8"
     kills: collections.Counter[str] = collections.Counter()
     url = os.environ.get("OPTUNA_STORAGE") or f"sqlite:///{folder}/optuna/study.db"
-    start, status = time.monotonic(), None
+    store, start, status = Store(url), time.monotonic(), None
     while status != 0 and time.monotonic() - start < 1200:
         kills["sittings"] += 1
         sitting = subprocess.Popen(command, cwd=folder, env=environment)
-        status = _harass(sitting, url, every, chance, kills)
-    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, url, trials)}
+        status = _harass(sitting, store, every, chance, kills)
+    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, store, trials)}
 
 
 def _harass(
     sitting: "subprocess.Popen[bytes]",
-    url: str,
+    store: Store,
     every: float,
     chance: random.Random,
     kills: "collections.Counter[str]",
@@ -69,7 +67,7 @@ def _harass(
         try:
             return sitting.wait(chance.expovariate(1 / every))
         except subprocess.TimeoutExpired:
-            victims = _at_work(url)
+            victims = _at_work(store)
             if not victims:  # they are starting
                 continue
             if chance.random() < 1 / 8:
@@ -81,22 +79,13 @@ def _harass(
                 kills["kills"] += 1
 
 
-@functools.cache
-def _study(url: str) -> optuna.Study:
-    return optuna.load_study(study_name=fast_trials.STUDY, storage=url)
-
-
-def _at_work(url: str) -> list[int]:
+def _at_work(store: Store) -> list[int]:
     """Processes that are in the middle of a trial, on this machine."""
-    try:
-        trials = _study(url).trials
-    except Exception:  # not made yet
-        return []
-    pids = [int(t.user_attrs["pid"]) for t in trials if t.state.name == "RUNNING" and t.params]
+    pids = [int(t.user_attrs["pid"]) for t in store.trials("RUNNING") if t.params]
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def _found(folder: Path, url: str, trials: int) -> dict:
+def _found(folder: Path, store: Store, trials: int) -> dict:
     """What the table and the trials' own records say."""
     with (folder / "tuning/trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -106,7 +95,7 @@ def _found(folder: Path, url: str, trials: int) -> dict:
     begun = set(first.values())
     records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
-    drawn = {trial.params["train.lr"] for trial in _study(url).trials if trial.params}
+    drawn = {trial.params["train.lr"] for trial in store.trials() if trial.params}
     checks = {
         "finished_is_what_was_asked_for": sum(finished.values()) == trials,
         "none_running": states["RUNNING"] == states["WAITING"] == 0,
