@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from stores import client_of, close_in_time, open_run
 
-from diffusion import mlflow_store, tracking
+from diffusion import mirror, mlflow_store
 from diffusion.journal import Journal, read_journal
 from diffusion.mlflow_writer import RunWriter, SystemMetrics
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -25,7 +26,7 @@ def send_again(journal: Path, run_id: str) -> None:
     """As a replay does whose mark was lost."""
     writer = RunWriter(mlflow_store.connect(), run_id)
     for event in read_journal(journal):
-        if event.kind in tracking.FILES:
+        if event.kind in mirror.FILES:
             writer.upload([event])
         elif event.kind not in ("open", "close"):
             writer.send([event])
@@ -90,7 +91,7 @@ def test_a_file_is_kept_as_it_was(database: Path, tmp_path: Path, monkeypatch: p
     curve.write_text("of another")
     (figures / "a.png").unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.sync(tmp_path / "run/journal.jsonl", mlflow_store.connect())
+    sync(tmp_path / "run/journal.jsonl", mlflow_store.connect())
     run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
     files = tmp_path / "ml artifacts" / run_id / "artifacts"
     assert (files / "curves/loss.csv").read_text() == "of this run"

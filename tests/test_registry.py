@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from served import described, params_of, write_model
 from stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import config, mlflow_store, paths, registry, sampling, serving, tracking
+from diffusion import config, mlflow_store, paths, registry, sampling, serving
 from diffusion.errors import UserError
 from diffusion.export import load_denoiser
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -145,7 +146,7 @@ class TestThroughTheJournal:
         write_model(tmp_path / "models", params, seed=2)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         client = mlflow_store.connect()
-        assert tracking.sync(tmp_path / "run/journal.jsonl", client).startswith("sent 3")
+        assert sync(tmp_path / "run/journal.jsonl", client).startswith("sent 3")
         version = client.get_model_version_by_alias("faces", "champion")
         assert version.tags["identity"] == about["identity"]
         stored = list((tmp_path / "ml artifacts").rglob("model.safetensors"))

@@ -31,7 +31,7 @@ from stores import (
     warnings,
 )
 
-from diffusion import outbox, provenance, tracking
+from diffusion import mirror, outbox, provenance, tracking
 from diffusion.config import TrackingConfig
 from diffusion.journal import Journal, NullTracker, Tracker, read_journal
 
@@ -435,7 +435,7 @@ class TestOutage:
         from mlflow import MlflowClient
 
         hung = threading.Event()
-        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
         tracker = open_run(tmp_path / "run")
         monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: hung.wait(SECONDS))
         for step in range(10):
@@ -475,7 +475,7 @@ class TestOutage:
             raise ConnectionError("no bucket")
 
         monkeypatch.setattr(MlflowClient, "log_artifact", away)
-        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.5)
         (tmp_path / "f").write_text("x")
         tracker = open_run(tmp_path / "run")
         tracker.artifact(tmp_path / "f")

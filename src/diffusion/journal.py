@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
+MEMORY = "mlflow_run_id"  # beside it
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
 
 
@@ -212,6 +213,21 @@ def mark_sent(path: Path, seq: int) -> None:
         new.replace(path.with_suffix(".sent"))
     except OSError as error:
         warn(f"{new} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
+
+
+def remembered(path: Path) -> str | None:
+    """MLflow's id of the run that a journal's sittings share; None if they have none yet."""
+    memory = path.with_name(MEMORY)
+    return memory.read_text().strip() if memory.exists() else None
+
+
+def remember(path: Path, run_id: str) -> None:
+    """Keep the id of a journal's run beside it."""
+    memory = path.with_name(MEMORY)
+    try:
+        memory.write_text(run_id + "\n")
+    except OSError as error:
+        warn(f"{memory} cannot be written ({error.strerror}): if this is resumed, it opens another MLflow run")
 
 
 def read_journal(path: Path) -> list[Event]:

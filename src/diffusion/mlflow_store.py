@@ -44,6 +44,11 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http:", "https:", "databricks"))
 
 
+def is_embedded(uri: str) -> bool:
+    """Whether a tracking URI names a file of this machine: what it is slow at comes to an end."""
+    return uri.startswith("sqlite:")
+
+
 def prepare_store() -> str:
     """URI of the repository's own store, its tables made if need be."""
     _create_database(paths.MLFLOW_DB.absolute())
@@ -95,6 +100,18 @@ def enter(client: Any, experiment: str, run_id: str | None, name: str, tags: Map
     if "error" in run.data.tags:
         client.delete_tag(found, "error")
     return str(found)
+
+
+def has_run(client: Any, run_id: str) -> bool:
+    """Whether the store has the run, and not as one that was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return False
 
 
 def signature() -> dict[str, str]:
