@@ -3,11 +3,13 @@
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from stores import (
     CONFIG,
@@ -21,6 +23,7 @@ from stores import (
 )
 
 from diffusion import mirror, mlflow_store, outbox, tracking
+from diffusion.journal import remembered
 from diffusion.mlflow_writer import RunWriter
 from diffusion.sync import sync
 
@@ -56,6 +59,28 @@ class TestReplay:
         again = tracking.attach(CONFIG, None, stage="evaluate", journal=journal)
         close_in_time(again)
         assert again.run_id == later.run_id  # remembered beside the journal
+
+    @pytest.mark.parametrize("by", ["the next stage", "sync"])
+    def test_the_run_is_named_and_tagged_as_the_training_was(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+    ) -> None:
+        """The server was away during two sittings of it; the later one is of another commit."""
+        journal = tmp_path / "run/journal.jsonl"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        for commit in ("c1", "c2"):
+            close_in_time(open_run(tmp_path / "run", tags={"git.commit": commit, f"only.{commit}": "x"}))
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        if by == "sync":
+            assert sync(journal, mlflow_store.connect()) == "sent 2 events"
+            run_id = remembered(journal)
+        else:
+            later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
+            close_in_time(later)
+            run_id = later.run_id
+        run = client_of(database).get_run(run_id)
+        assert run.info.run_name == "lr1-test"
+        assert {"git.commit": "c2", "only.c1": "x", "only.c2": "x"}.items() <= run.data.tags.items()
+        assert run.data.tags["pid"] == str(os.getpid())
 
     @pytest.mark.parametrize("moment", [0, 40, 99])
     def test_sync_sends_what_a_killed_server_missed(
@@ -175,7 +200,7 @@ class TestReplay:
         with monkeypatch.context() as patch:
             patch.setattr(type(client), "log_batch", refuse)
             patch.setattr(type(client), "set_terminated", refuse)
-            assert sync(journal, client) == "not sent: MLflow refuses all 3 events"
+            assert sync(journal, client) == "not sent: MLflow refuses every event"
         assert sync(journal, client) == "sent 2 events, 1 were refused"
         assert sync(journal, client) == "up to date"
 
@@ -228,3 +253,15 @@ time.sleep(600)
         close_in_time(tracker)
         assert stored_points(database, run_id) == journal_points(tmp_path / "run/journal.jsonl")
         assert client_of(database).get_run(run_id).info.status == "FINISHED"
+
+    def test_a_zombie_is_dead(self) -> None:
+        """Killed, and its parent has not asked for its end yet."""
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        started = psutil.Process(process.pid).create_time()
+        tags = {"host": socket.gethostname(), "pid": str(process.pid), "pid.started": f"{started:.0f}"}
+        assert mlflow_store.is_alive(tags)
+        process.kill()
+        wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert not mlflow_store.is_alive(tags)
+        process.wait()
+        assert not mlflow_store.is_alive(tags)

@@ -126,6 +126,9 @@ class JournalledTracker(NullTracker):
     def keep(self, path: Path, folder: str) -> Path:
         return self._journal.keep(path, folder)
 
+    def is_new(self, key: str, step: int) -> bool:
+        return self._journal.is_new(key, step)
+
     def finish(self) -> None:
         self._journal.finish()
         self._mirror.finish()

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +18,7 @@ from diffusion import paths
 from diffusion.journal import warn
 from diffusion.outbox import is_refusal
 
+FILE_SECONDS = 300  # for the answer to an upload
 CREATE_SECONDS = 120.0  # for another process to make the database
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `make ui` opens on pages for LLMs
 
@@ -35,8 +37,19 @@ def connect() -> Any:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
+    _give_files_time()
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
     return MlflowClient(_anchored(os.environ.get("MLFLOW_TRACKING_URI", "")) or prepare_store())
+
+
+def _give_files_time() -> None:
+    """Let uploads and downloads take FILE_SECONDS: MLflow has one timeout for them and for the short requests."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+    from mlflow.store.artifact import http_artifact_repo
+    from mlflow.utils.rest_utils import http_request
+
+    seconds = max(FILE_SECONDS, MLFLOW_HTTP_REQUEST_TIMEOUT.get())
+    vars(http_artifact_repo)["http_request"] = partial(http_request, timeout=seconds)
 
 
 def is_server(uri: str) -> bool:
@@ -125,7 +138,10 @@ def is_alive(tags: Mapping[str, str]) -> bool:
     if tags.get("host") != socket.gethostname() or not tags.get("pid", "").isdigit():
         return True
     try:
-        started = psutil.Process(int(tags["pid"])).create_time()
+        process = psutil.Process(int(tags["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        started = process.create_time()
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:

@@ -11,6 +11,10 @@ MAX_WAITING = 20_000  # events that wait for the store; further points stay in t
 POINTS_PER_BATCH = 1000  # MLflow's limit
 
 
+class UnreadableError(Exception):
+    """A file on this machine cannot be read, so that it can never be sent."""
+
+
 class Lane:
     """Events on their way to one service: pushed by the caller's thread, sent in order by another."""
 
@@ -76,7 +80,7 @@ class Lane:
 def is_refusal(error: Exception) -> bool:
     """Whether asking again would give the same answer."""
     codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
-    bugs = (FileNotFoundError, TypeError, AttributeError, LookupError, UnicodeError)
+    bugs = (UnreadableError, FileNotFoundError, TypeError, AttributeError, LookupError, UnicodeError)
     return isinstance(error, bugs) or getattr(error, "error_code", None) in codes
 
 

@@ -54,7 +54,7 @@ def sync(path: Path, client: Any) -> str:
             return f"stopped: {mirror.pending} events wait for MLflow"
         sent, refused = sent + mirror.sent, refused + mirror.refused
     if not sent:
-        return f"not sent: MLflow refuses all {refused} events"
+        return "not sent: MLflow refuses every event"
     mark_sent(path, last.events[-1].seq if last.events else last.opened.seq)
     count = sum(len(sitting.events) for sitting in sittings) - refused
     return f"sent {count} events" + (f", {refused} were refused" if refused else "")
@@ -62,6 +62,8 @@ def sync(path: Path, client: Any) -> str:
 
 def _replay(sittings: Iterable[Sitting], mirror: MlflowTracker) -> None:
     for sitting in sittings:
+        if not sitting.run_id:  # nobody has told MLflow
+            mirror.record(Event("tags", sitting.opened.data["tags"], sitting.opened.time), replayed=True)
         for event in sitting.events:
             mirror.record(event, replayed=True)
         if not any(event.kind == "close" for event in sitting.events):

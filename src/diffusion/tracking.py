@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from diffusion import project_run
 from diffusion.config import TrackingConfig
@@ -35,13 +37,23 @@ def open_run(
     return _open(config, run_folder / JOURNAL, stage="train", name=name, run_id=run_id, tags=tags or {})
 
 
-def attach(config: TrackingConfig, run_id: str | None, *, stage: str, journal: Path) -> Tracker:
+def attach(
+    config: TrackingConfig,
+    run_id: str | None,
+    *,
+    stage: str,
+    journal: Path,
+    card: Mapping[str, Any] = MappingProxyType({}),  # the model's, or one that has copies of what it says
+) -> Tracker:
     """Let a later stage write to the run that `train` opened; RUNNING until it is closed again.
 
     Where the store does not know the id (the model came from another machine) the stages share a new run that is
-    tagged `linked_run_id`. Otherwise as `open_run`.
+    tagged `linked_run_id` and gets its name and tags from `card`. Otherwise as `open_run`.
     """
-    return _open(config, journal, stage=stage, name=stage, run_id=run_id, tags={})
+    known = {"data.digest": card.get("data_digest"), "fingerprint": card.get("fingerprint"), **card.get("origin", {})}
+    tags = {key: str(value) for key, value in known.items() if value is not None}
+    name = card.get("name") or card.get("fingerprint") or stage
+    return _open(config, journal, stage=stage, name=name, run_id=run_id, tags=tags)
 
 
 @contextmanager
@@ -68,13 +80,17 @@ def _open(
     tags = {**signature(), **tags}
     run_id = run_id or remembered(path)
     earlier, journal, mirror = unsent(path), Journal(path), None
+    homeless = [sitting.opened.data for sitting in earlier if sitting.run_id is None]
+    if homeless and run_id is None:
+        name = homeless[0]["name"]
+    all_tags = {key: value for opened in homeless for key, value in opened["tags"].items()} | tags
     if config.enabled:
         try:
             client = connect()
             adopted = (
                 project_run.adopt(client, config.experiment, name) if run_id is None and stage == "train" else None
             )
-            entered = enter(client, config.experiment, run_id or adopted, name, tags)
+            entered = enter(client, config.experiment, run_id or adopted, name, all_tags)
             project_run.link(client, entered)
             mirror = MlflowTracker(RunWriter(client, entered), path, patient=is_embedded(client.tracking_uri))
         except Exception as error:  # not installed, no network, full disk, refused: the answer is the same
