@@ -291,6 +291,19 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         assert run.info.status == "FINISHED"
         assert "error" not in run.data.tags
 
+    def test_another_experiment_is_for_new_runs(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        first = open_run(tmp_path / "run")
+        close_in_time(first)
+        assert warnings(capsys) == []
+        other = TrackingConfig(enabled=True, experiment="another")
+        later = tracking.open_run(other, name="n", run_folder=tmp_path / "run")
+        close_in_time(later)
+        assert later.run_id == first.run_id
+        (line,) = warnings(capsys)
+        assert f"run {first.run_id} stays in experiment {CONFIG.experiment}; another is for new ones" in line
+
     def test_a_linked_run_says_which_model_it_is_of(self, database: Path, tmp_path: Path) -> None:
         card = {"name": "lr2e-3-cosine", "fingerprint": "f00d", "data_digest": "d1", "origin": {"git.commit": "c0ffee"}}
         journal = tmp_path / "journal.jsonl"

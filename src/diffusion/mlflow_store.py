@@ -108,6 +108,9 @@ def enter(client: Any, experiment: str, run_id: str | None, name: str, tags: Map
     found = run.info.run_id
     if run.info.experiment_id != experiment_id:
         close_dead_runs(client, run.info.experiment_id)
+        if "mlflow.project.entryPoint" not in run.data.tags:  # `mlflow run` has said where it puts its runs
+            place = client.get_experiment(run.info.experiment_id).name
+            warn(f"this training's run {found} stays in experiment {place}; {experiment} is for new ones")
     client.update_run(found, status="RUNNING")
     client.log_batch(found, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
     if "error" in run.data.tags:
