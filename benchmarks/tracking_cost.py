@@ -97,7 +97,7 @@ def wait_for(address: str) -> None:
 
 def measure(steps: int) -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
-    from diffusion import config, fit, tracking, training
+    from diffusion import config, fit, mirror, training
 
     full = config.load("params.yaml").train
     steps = steps or full.steps // SHARE
@@ -110,8 +110,8 @@ def measure(steps: int) -> dict[str, Any]:
     clock.watch(fit, "write_previews", "previews")
     clock.watch(fit, "_open_run", "start")
     clock.watch(fit, "_show", "metrics and curves")
-    clock.watch(tracking.JournalledTracker, "finish", "close")
-    background = watch_thread(tracking.MlflowTracker)
+    clock.watch(mirror.JournalledTracker, "finish", "close")
+    background = watch_thread(mirror.MlflowTracker)
     fit.fit(params)
     return shares(clock, background[0], steps, full)
 
@@ -120,9 +120,9 @@ def watch_thread(tracker: Any) -> list[float]:
     """Processor's seconds of the trackers' threads so far, in a list of one."""
     inner, seconds = tracker._work, [0.0]
 
-    def work(self: Any) -> None:
+    def work(self: Any, lane: Any) -> None:
         start = time.thread_time()
-        inner(self)
+        inner(self, lane)
         seconds[0] += time.thread_time() - start
 
     tracker._work = work

@@ -45,7 +45,7 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
-    from diffusion import config, journal, tracking, training, tuning_study, tuning_trial, tuning_worker
+    from diffusion import config, journal, mirror, tracking, training, tuning_study, tuning_trial, tuning_worker
 
     full = config.load("params.yaml")
     images, log_every = full.tune.images_per_trial // SHARE, max(1, full.train.log_every // SHARE)
@@ -59,7 +59,7 @@ def measure() -> dict[str, Any]:
     clock.watch(tuning_trial.Line, "show", "line")
     clock.watch(tracking, "open_run", "tracking: open")
     clock.watch(journal.NullTracker, "_emit", "tracking: events")
-    clock.watch(tracking.JournalledTracker, "finish", "tracking: close")
+    clock.watch(mirror.JournalledTracker, "finish", "tracking: close")
     clock.watch(training.Trainer, "step")
     clock.watch(tuning_trial, "common_error")
     marks = [mark(clock)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from diffusion import config, paths, tracking
+from diffusion import config, mirror, paths
 from diffusion.data import Dataset
 
 REPO = Path(__file__).parent.parent
@@ -121,5 +121,5 @@ def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copyfile(empty_database, path)
     monkeypatch.setattr(paths, "MLFLOW_DB", path)
     monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
-    monkeypatch.setattr(tracking, "GATHER_SECONDS", 0.02)
+    monkeypatch.setattr(mirror, "GATHER_SECONDS", 0.02)
     return path

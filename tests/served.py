@@ -26,8 +26,8 @@ def write_model(folder: Path, params: config.Params, seed: int = 0) -> Path:
     return folder / "model.safetensors"
 
 
-def described(weights: Path, params: config.Params, **scores: float) -> dict[str, Any]:
+def described(weights: Path, params: config.Params, code: str = "c", **scores: float) -> dict[str, Any]:
     """What judge hands to the registry; all scores are of equal conditions."""
     card = json.loads(weights.with_suffix(".json").read_text())
     found = [{"metric": name, "value": value, "of": "12 samples against 20"} for name, value in scores.items()]
-    return registry.described("faces", weights, card, config.to_dict(params.sample), found)
+    return registry.described("faces", weights, card, config.to_dict(params.sample), found, code)

@@ -153,7 +153,7 @@ def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.M
 
 
 def a_run(params: dict[str, str], **metrics: float) -> SimpleNamespace:
-    return SimpleNamespace(data=SimpleNamespace(params=params, metrics=metrics))
+    return SimpleNamespace(data=SimpleNamespace(params=params, metrics=metrics, tags={}))
 
 
 class TestView:
@@ -171,6 +171,9 @@ class TestView:
         other = {**same, "train.lr": "2", "model.channels": "32", "train.device": "cuda"}
         assert ui.differing([a_run(one), a_run(other)]) == ["train.lr", "model.channels"]
         assert "train.lr" in ui.differing([a_run(one)])
+        trial = a_run({**one, "model.channels": "64", "seed": "3"})
+        trial.data.tags["optuna.trial"] = "7"
+        assert ui.differing([a_run(one), a_run({**one, "train.lr": "2"}), trial]) == ["train.lr"]
 
     def test_nothing_to_show_is_the_bare_address(self, workspace: Path, database: Path) -> None:
         write_params()

@@ -20,7 +20,7 @@ from PIL import Image
 from test_stages import run, run_all, start, write_params
 from worlds import in_world
 
-from diffusion import config, draw, judge, paths, reference, sampling
+from diffusion import config, draw, judge, paths, reference, sampling, tracking
 from diffusion.distributed import World
 from diffusion.parts import Parts
 
@@ -149,6 +149,24 @@ def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object])
         result = run("sample")
     assert result.exit_code == 2
     assert "is drawing these samples" in result.output
+
+
+@pytest.mark.parametrize("stage", ["sample", "evaluate"])
+def test_a_process_that_is_kept_out_leaves_the_run_alone(
+    trained: Path, batches: dict[str, object], monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    if stage == "sample":
+        batches |= {"at": 1, "error": KeyboardInterrupt()}
+        run("sample")
+        (lock,) = [folder / "lock" for folder in paths.RUNS.glob("*/samples-*")]
+    else:
+        run_all("reference", "sample")
+        lock = next(paths.RUNS.glob("*/journal.jsonl")).with_name("evaluate.lock")
+    monkeypatch.setattr(tracking, "attach", lambda *_, **__: pytest.fail("it attaches to the run"))
+    with FileLock(lock):
+        result = run(stage)
+    assert result.exit_code == 2
+    assert "wait for it, or stop it" in result.output
 
 
 @pytest.mark.slow

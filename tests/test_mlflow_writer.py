@@ -1,18 +1,29 @@
 """What an MLflow store holds after events were written to it, once or twice; against a real store."""
 
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from stores import client_of, close_in_time, open_run
+from stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import mlflow_store, tracking
+from diffusion import mirror, mlflow_store, mlflow_writer
 from diffusion.journal import Journal, read_journal
 from diffusion.mlflow_writer import RunWriter, SystemMetrics
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
+
+
+def artifact_repository(place: str) -> Any:
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(place)
 
 
 def picture(path: Path, seed: int = 0) -> Path:
@@ -25,7 +36,7 @@ def send_again(journal: Path, run_id: str) -> None:
     """As a replay does whose mark was lost."""
     writer = RunWriter(mlflow_store.connect(), run_id)
     for event in read_journal(journal):
-        if event.kind in tracking.FILES:
+        if event.kind in mirror.FILES:
             writer.upload([event])
         elif event.kind not in ("open", "close"):
             writer.send([event])
@@ -90,7 +101,7 @@ def test_a_file_is_kept_as_it_was(database: Path, tmp_path: Path, monkeypatch: p
     curve.write_text("of another")
     (figures / "a.png").unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    tracking.sync(tmp_path / "run/journal.jsonl", mlflow_store.connect())
+    sync(tmp_path / "run/journal.jsonl", mlflow_store.connect())
     run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
     files = tmp_path / "ml artifacts" / run_id / "artifacts"
     assert (files / "curves/loss.csv").read_text() == "of this run"
@@ -113,3 +124,51 @@ def test_system_metrics_have_mlflows_names_and_psutils_values() -> None:
     assert read["system/system_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
     assert system.read() == {}  # not again within seconds
     assert SystemMetrics(wanted=False).read() == {}
+
+
+def test_a_monitor_that_fails_is_dropped_and_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/proc/stat")
+
+    monkeypatch.setattr(mlflow_writer, "SYSTEM_SECONDS", 0.0)
+    monkeypatch.setattr(psutil, "net_io_counters", lambda *_, **__: None)  # as where there is no network
+    system = SystemMetrics(wanted=True)
+    assert "system/cpu_utilization_percentage" in system.read()
+    monkeypatch.setattr(psutil, "cpu_percent", refuse)
+    for _ in range(2):
+        read = system.read()
+        assert "system/disk_usage_megabytes" in read
+        assert "system/cpu_utilization_percentage" not in read
+    said = [line.split("(")[0] for line in warnings(capsys)]
+    assert said == [f"tracking: no system metrics of {name} " for name in ("NetworkMonitor", "CPUMonitor")]
+
+
+def test_files_may_take_longer_than_other_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path
+) -> None:
+    """A real upload to a server whose answer takes longer than MLFLOW_HTTP_REQUEST_TIMEOUT."""
+    mlflow_store.connect()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    got: list[bytes] = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            got.append(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(3)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            """Quiet."""
+
+    (tmp_path / "f").write_text("a file")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
+        threading.Thread(target=slow.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{slow.server_port}/api/2.0/mlflow-artifacts/artifacts/1"
+        artifact_repository(place).log_artifact(str(tmp_path / "f"))
+        slow.shutdown()
+    assert got == [b"a file"]

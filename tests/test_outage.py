@@ -3,16 +3,19 @@
 import json
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import client_of, free_port, journal_points, server, stored_points, wait_for
+from stores import client_of, close_in_time, free_port, journal_points, open_run, server, stored_points, wait_for
 from test_stages import run, write_params
 
-from diffusion import fit, mlflow_store, mlflow_writer, outbox, paths, tracking
+from diffusion import fit, mirror, mlflow_store, mlflow_writer, outbox, paths, tracking
 from diffusion.config import TrackingConfig
+from diffusion.journal import Tracker
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -23,7 +26,7 @@ NOBODY = "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def impatient(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.2)
     every = {"log_every": 1, "validate_every": 10, "preview_every": STEPS, "checkpoint_every": STEPS}
@@ -45,7 +48,7 @@ def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch)
 
 def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `act` happen after the first points that are written while the run is being closed."""
-    monkeypatch.setattr(tracking, "GATHER_SECONDS", 1000.0)  # all waits for the end
+    monkeypatch.setattr(mirror, "GATHER_SECONDS", 1000.0)  # all waits for the end
     monkeypatch.setattr(outbox, "POINTS_PER_BATCH", 100)
     real = mlflow_writer.RunWriter.send
 
@@ -118,9 +121,9 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
             )
             tracker.close("FINISHED")
         else:
-            assert tracking.sync(journal, mlflow_store.connect()).startswith("sent")
+            assert sync(journal, mlflow_store.connect()).startswith("sent")
         check(database, journal, served)
-        assert tracking.sync(journal, mlflow_store.connect()) == "up to date"
+        assert sync(journal, mlflow_store.connect()) == "up to date"
 
 
 def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert len(lines) <= 2, lines
         assert "events did not reach MLflow" in lines[-1]
         client = mlflow_store.connect()
-        assert tracking.sync(journal, client).startswith("sent")
+        assert sync(journal, client).startswith("sent")
         check(database, journal, served)
 
 
@@ -150,5 +153,74 @@ def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monke
     assert not (journal.parent / "mlflow_run_id").exists()
     with server(database, served) as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert tracking.sync(journal, mlflow_store.connect()).startswith("sent")
+        assert sync(journal, mlflow_store.connect()).startswith("sent")
         check(database, journal, served)
+
+
+class TestClose:
+    """With the default constants: what is off this machine costs 5 s at most when a run is closed."""
+
+    @pytest.fixture(autouse=True)
+    def patient(self, monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 5.0)
+        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 30.0)
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+
+    def seconds(self, tracker: Tracker) -> float:
+        start = time.monotonic()
+        close_in_time(tracker)
+        return time.monotonic() - start
+
+    def test_a_hung_server_with_a_file_waiting(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "f").write_text("a file")
+        with server(database, tmp_path / "served") as (uri, send):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            tracker = open_run(tmp_path / "run")
+            send(signal.SIGSTOP)
+            tracker.artifact(tmp_path / "f", "notes")
+            tracker.metrics({"loss": 1.0}, 1)
+            assert self.seconds(tracker) < 6
+            send(signal.SIGCONT)
+            assert sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()) == "sent 3 events"
+            assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
+
+    def test_a_slow_server_with_a_backlog(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = mlflow_writer.RunWriter.send
+
+        def slow(self: Any, batch: Any) -> None:
+            time.sleep(2)
+            real(self, batch)
+
+        journal = tmp_path / "run/journal.jsonl"
+        with server(database, tmp_path / "served") as (uri, _):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+            with monkeypatch.context() as patch:
+                patch.setattr(mlflow_writer.RunWriter, "send", slow)
+                tracker = open_run(tmp_path / "run")
+                for step in range(12):
+                    tracker.metrics({"loss": 1.0}, step)
+                    tracker.tags({f"tag {step}": "x"})
+                assert self.seconds(tracker) < 6
+            assert sync(journal, mlflow_store.connect()) == "sent 25 events"
+        assert stored_points(database, tracker.run_id or "") == journal_points(journal)
+
+    def test_the_embedded_store_is_waited_for(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A large file on a slow disk comes to an end."""
+        real = mlflow_writer.RunWriter.upload
+
+        def slow(self: Any, batch: Any) -> None:
+            time.sleep(7)
+            real(self, batch)
+
+        monkeypatch.setattr(mlflow_writer.RunWriter, "upload", slow)
+        (tmp_path / "f").write_text("a file")
+        tracker = open_run(tmp_path / "run")
+        tracker.artifact(tmp_path / "f", "notes")
+        close_in_time(tracker)
+        assert [p.read_text() for p in (tmp_path / "ml artifacts").rglob("notes/f")] == ["a file"]

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from served import described, params_of, write_model
 from stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import config, mlflow_store, paths, registry, sampling, serving, tracking
+from diffusion import config, mlflow_store, paths, registry, sampling, serving
 from diffusion.errors import UserError
 from diffusion.export import load_denoiser
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -30,10 +31,10 @@ def add(client: Any, tmp_path: Path) -> Register:
     """Register random weights, a seed each, with the given scores: the version's number."""
     run = client.create_run(client.create_experiment("e", artifact_location=(tmp_path / "store").as_uri()))
 
-    def made(seed: int, of: str = "", steps: int = 4, **scores: float) -> str:
+    def made(seed: int, of: str = "", steps: int = 4, code: str = "c", **scores: float) -> str:
         params = params_of(**{"sample.steps": steps})
         weights = write_model(tmp_path / f"model {seed}", params, seed)
-        about = described(weights, params, **scores)
+        about = described(weights, params, code, **scores)
         for score in about["scores"]:
             score["of"] += of
         registry.register(client, run.info.run_id, weights, about)
@@ -76,6 +77,31 @@ class TestAliases:
         assert add(1, fd_lite0=300.0, steps=4) != add(1, fd_lite0=290.0, steps=8)
         assert holder(client, "champion") == "2"
 
+    def test_other_code_is_another_version(self, client: Any, add: Register) -> None:
+        assert [add(1, fd_lite0=300.0 - i, code=code) for i, code in enumerate("cdc")] == ["1", "2", "1"]
+
+    def test_other_classes_are_another_version(self, tmp_path: Path) -> None:
+        ways = [params_of(**{"model.num_classes": 10, "sample.labels": labels}) for labels in ("balanced", [3], [3, 4])]
+        weights = write_model(tmp_path, ways[0])
+        assert len({described(weights, params)["identity"] for params in ways}) == 3
+
+    def test_an_artifact_store_that_is_away_leaves_one_logged_model(
+        self, client: Any, add: Register, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def away(*_: Any, **__: Any) -> None:
+            raise ConnectionError("no bucket")
+
+        for call in ("log_model_artifacts", "finalize_logged_model", "create_model_version"):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(client), call, away)
+                with pytest.raises(ConnectionError):
+                    add(1, fd_lite0=300.0)
+        assert add(1, fd_lite0=300.0) == "1"
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        (logged,) = client.search_logged_models(experiments)
+        assert str(logged.status) == "READY"
+        assert logged.model_id in client.get_model_version("faces", "1").source
+
     def test_a_model_that_is_sent_twice_is_one_version_with_the_newest_scores(self, client: Any, add: Register) -> None:
         add(1, fd_lite0=300.0)
         add(1, fd_lite0=250.0)
@@ -99,6 +125,13 @@ class TestAliases:
         assert "no version 3" in refused.output
         with pytest.raises(UserError, match="no version 9"):
             registry.promote(client, "faces", 9)
+
+
+def test_a_version_that_the_pipeline_did_not_register_is_not_served(client: Any, tmp_path: Path) -> None:
+    client.create_registered_model("faces")
+    client.create_model_version("faces", tmp_path.as_uri())
+    with pytest.raises(UserError, match="version 1 of model faces is not of this pipeline"):
+        serving.fetch("faces", 1)
 
 
 def test_experiments_may_have_names_that_models_may_not(client: Any) -> None:
@@ -145,7 +178,7 @@ class TestThroughTheJournal:
         write_model(tmp_path / "models", params, seed=2)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         client = mlflow_store.connect()
-        assert tracking.sync(tmp_path / "run/journal.jsonl", client).startswith("sent 3")
+        assert sync(tmp_path / "run/journal.jsonl", client).startswith("sent 3")
         version = client.get_model_version_by_alias("faces", "champion")
         assert version.tags["identity"] == about["identity"]
         stored = list((tmp_path / "ml artifacts").rglob("model.safetensors"))

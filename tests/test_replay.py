@@ -2,10 +2,14 @@
 
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from stores import (
     CONFIG,
@@ -18,9 +22,16 @@ from stores import (
     wait_for,
 )
 
-from diffusion import mlflow_store, outbox, tracking
+from diffusion import mirror, mlflow_store, outbox, tracking
+from diffusion.journal import remembered
+from diffusion.mlflow_writer import RunWriter
+from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise LookupError("never")
 
 
 class TestReplay:
@@ -49,6 +60,28 @@ class TestReplay:
         close_in_time(again)
         assert again.run_id == later.run_id  # remembered beside the journal
 
+    @pytest.mark.parametrize("by", ["the next stage", "sync"])
+    def test_the_run_is_named_and_tagged_as_the_training_was(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+    ) -> None:
+        """The server was away during two sittings of it; the later one is of another commit."""
+        journal = tmp_path / "run/journal.jsonl"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        for commit in ("c1", "c2"):
+            close_in_time(open_run(tmp_path / "run", tags={"git.commit": commit, f"only.{commit}": "x"}))
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        if by == "sync":
+            assert sync(journal, mlflow_store.connect()) == "sent 2 events"
+            run_id = remembered(journal)
+        else:
+            later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
+            close_in_time(later)
+            run_id = later.run_id
+        run = client_of(database).get_run(run_id)
+        assert run.info.run_name == "lr1-test"
+        assert {"git.commit": "c2", "only.c1": "x", "only.c2": "x"}.items() <= run.data.tags.items()
+        assert run.data.tags["pid"] == str(os.getpid())
+
     @pytest.mark.parametrize("moment", [0, 40, 99])
     def test_sync_sends_what_a_killed_server_missed(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
@@ -71,13 +104,13 @@ class TestReplay:
         with server(database, tmp_path / "served") as (uri, _):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
             client = mlflow_store.connect()
-            assert tracking.sync(journal, client).startswith("sent 10")
+            assert sync(journal, client).startswith("sent 10")
             assert stored_points(database, run_id) == journal_points(journal)
             assert client_of(database).get_run(run_id).info.status == "FAILED"
             assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
-            assert tracking.sync(journal, client) == "up to date"
+            assert sync(journal, client) == "up to date"
             journal.with_suffix(".sent").write_text("")  # as a power cut may leave it
-            assert tracking.sync(journal, client).startswith("sent 10")
+            assert sync(journal, client).startswith("sent 10")
         assert stored_points(database, run_id) == journal_points(journal)
 
     def test_sync_makes_one_run_of_sittings_without_any(
@@ -90,7 +123,7 @@ class TestReplay:
             tracker.metrics({"loss": value}, int(value))
             close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        tracking.sync(journal, mlflow_store.connect())
+        sync(journal, mlflow_store.connect())
         run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
         assert stored_points(database, run_id) == journal_points(journal)
         client = client_of(database)
@@ -109,13 +142,71 @@ class TestReplay:
             tracker.metrics({"loss": math.cos(step)}, step)
         close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        assert tracking.sync(journal, mlflow_store.connect()) == "sent 51 events"
+        assert sync(journal, mlflow_store.connect()) == "sent 51 events"
         run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
         assert stored_points(database, run_id) == journal_points(journal)
 
+    def fail_while_sending(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        """A sitting whose store goes away after its run was opened: the run's id."""
+
+        def down(*_: Any) -> None:
+            raise ConnectionError("nobody there")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "CLOSE_SECONDS", 0.2)
+            patch.setattr(RunWriter, "send", down)
+            tracker = open_run(folder)
+            for step in range(20):
+                tracker.metrics({"loss": float(step)}, step)
+            close_in_time(tracker)
+        assert tracker.run_id
+        return tracker.run_id
+
+    @pytest.mark.parametrize("deleted", [True, False])
+    def test_a_store_that_does_not_know_the_run_is_sent_nothing(
+        self,
+        database: Path,
+        empty_database: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        deleted: bool,
+    ) -> None:
+        journal, other = tmp_path / "run/journal.jsonl", tmp_path / "other.db"
+        shutil.copyfile(empty_database, other)
+        run_id = self.fail_while_sending(tmp_path / "run", monkeypatch)
+        if deleted:
+            client_of(database).delete_run(run_id)
+        else:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+        said = sync(journal, mlflow_store.connect())
+        assert said == f"not sent: this store has no run {run_id} (is MLFLOW_TRACKING_URI set?)"
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        if deleted:
+            client_of(database).restore_run(run_id)
+        assert sync(journal, mlflow_store.connect()) == "sent 21 events"
+        assert stored_points(database, run_id) == journal_points(journal)
+
+    def test_refused_events_are_not_counted_as_sent(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        journal = tmp_path / "run/journal.jsonl"
+        tracker = open_run(tmp_path / "run")
+        tracker.metrics({"good": 1.0}, 1)
+        tracker.metrics({"bad$name": 1.0}, 1)
+        close_in_time(tracker)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        client = mlflow_store.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(client), "log_batch", refuse)
+            patch.setattr(type(client), "set_terminated", refuse)
+            assert sync(journal, client) == "not sent: MLflow refuses every event"
+        assert sync(journal, client) == "sent 2 events, 1 were refused"
+        assert sync(journal, client) == "up to date"
+
     def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
         tracker = open_run(tmp_path / "run")
-        assert tracking.sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()).startswith("in use")
+        assert sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()).startswith("in use")
         close_in_time(tracker)
 
 
@@ -162,3 +253,15 @@ time.sleep(600)
         close_in_time(tracker)
         assert stored_points(database, run_id) == journal_points(tmp_path / "run/journal.jsonl")
         assert client_of(database).get_run(run_id).info.status == "FINISHED"
+
+    def test_a_zombie_is_dead(self) -> None:
+        """Killed, and its parent has not asked for its end yet."""
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        started = psutil.Process(process.pid).create_time()
+        tags = {"host": socket.gethostname(), "pid": str(process.pid), "pid.started": f"{started:.0f}"}
+        assert mlflow_store.is_alive(tags)
+        process.kill()
+        wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
+        assert not mlflow_store.is_alive(tags)
+        process.wait()
+        assert not mlflow_store.is_alive(tags)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import REPO
 
-from diffusion import lineage, paths, provenance, tracking
-from diffusion.journal import Journal, mark_sent
+from diffusion import lineage, paths, provenance
+from diffusion.journal import MEMORY, Journal, mark_sent, remember
 from diffusion.parts import Parts
 
 SOURCES = [*REPO.glob("src/diffusion/**/*.py"), *REPO.glob("stages/*.py"), REPO / "bootstrap.py"]
@@ -50,8 +50,8 @@ def test_what_stays_beside_a_journal(tmp_path: Path, capsys: pytest.CaptureFixtu
     mark_sent(tmp_path / "journal.jsonl", 7)
     (line,) = lines(capsys)
     assert "is sent again" in line
-    (tmp_path / "mlflow_run_id").mkdir()
-    tracking._remember(tmp_path / "mlflow_run_id", "0" * 32)
+    (tmp_path / MEMORY).mkdir()
+    remember(tmp_path / "journal.jsonl", "0" * 32)
     (line,) = lines(capsys)
     assert "opens another MLflow run" in line
 

@@ -22,7 +22,7 @@ from PIL import Image
 from served import described, params_of, write_model
 from stores import wait_for
 
-from diffusion import api, config, registry, sampling
+from diffusion import api, config, registry, sampling, serving
 from diffusion.errors import UserError
 from diffusion.export import load_denoiser
 
@@ -115,6 +115,13 @@ def test_without_a_seed_each_answer_differs_and_names_its_own(served: tuple[int,
     assert ask(port, num_images=1, format="raw", seed=first["seed"])[1]["predictions"] == first
 
 
+def nested(depth: int) -> Any:
+    found: Any = 0
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 BAD = [
     ({"num_images": 65}, "num_images must be a whole number from 1 to 64, not 65"),
     ({"num_images": 0}, "num_images must be a whole number from 1 to 64, not 0"),
@@ -129,6 +136,13 @@ BAD = [
     ({"num_images": 1, "labels": 3}, "labels must be"),
     ({"num_images": 1, "guidance": -1}, "guidance must be a number from 0 to 100"),
     ({"num_images": 1, "format": "jpg"}, "format must be one of png, raw, not 'jpg'"),
+    ({"num_images": 1, "format": "\ud800"}, "inputs cannot be read"),  # half of a character
+    ({"num_images": 1, "\ud800": 1}, "unknown input '\\ud800'"),
+    ({"num_images": 1, "labels": nested(300)}, "inputs cannot be read"),
+    ({"num_images": 1, "labels": nested(950)}, "inputs"),
+    ({"num_images": 1, "seed": None}, "seed must not be null: leave it out"),
+    ({"num_images": 1, "labels": None}, "labels must not be null: leave it out"),
+    ({"num_images": 1, "guidance": None}, "guidance must not be null: leave it out"),
 ]
 
 
@@ -153,6 +167,30 @@ def test_what_mlflows_server_answers_with_500_or_a_traceback_is_a_4xx_here(serve
     assert reply(port, iter([b'{"inputs": ', b'{"num_images": 1}}']))[0] == 411  # chunked
     assert reply(port, "{}", **{"Content-Type": "text/csv"})[0] == 415
     assert reply(port, "{}", **{"Content-Type": ""})[0] == 415
+
+
+def test_content_types_are_read_as_http_spells_them(served: tuple[int, Path]) -> None:
+    port, _ = served
+    body = json.dumps({"inputs": {"num_images": 1}})
+    for kind in ("application/json;", "Application/JSON", "application/json; charset=UTF-8", "application/json; a=b"):
+        assert reply(port, body, **{"Content-Type": kind})[0] == 200, kind
+    for kind in ("application/json; charset=utf-16", "application/jsonx", "text/plain; application/json"):
+        status, answer = reply(port, body, **{"Content-Type": kind})
+        assert (status, set(answer)) == (415, {"error"}), kind
+
+
+def test_what_mlflow_itself_refuses_is_one_sentence_too(served: tuple[int, Path]) -> None:
+    port, _ = served
+    for method, path, status in (("GET", "/invocations", 405), ("POST", "/nowhere", 404)):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert answer.status == status
+        assert set(json.loads(answer.read())) == {"error"}
+        connection.close()
+    refused = {"error_code": "BAD_REQUEST", "message": "Failed to predict data '{}'. \nError: two\n lines"}
+    assert serving.sentence(json.dumps(refused)) == "two lines"
+    assert serving.sentence("Request processing time exceeded limit") == "Request processing time exceeded limit"
 
 
 def test_it_survives_a_thousand_malformed_bodies(served: tuple[int, Path]) -> None:
@@ -195,6 +233,8 @@ def test_models_without_classes_refuse_them() -> None:
     with pytest.raises(UserError, match="knows no classes"):
         api.parse({"num_images": 1, "guidance": 2.0}, None)
     assert api.parse({"num_images": 1, "guidance": 1}, None) == api.Request(1, guidance=1.0)
+    with pytest.raises(UserError, match="knows no classes"):  # MLflow's schema lacks it
+        serving.check(b'{"inputs": {"num_images": 1, "guidance": 1}}', None)
 
 
 def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

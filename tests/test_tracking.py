@@ -1,5 +1,6 @@
 """Tracking against real stores: SQLite files read with sqlite3, and an `mlflow server` that is killed half-way."""
 
+import itertools
 import json
 import math
 import os
@@ -31,9 +32,10 @@ from stores import (
     warnings,
 )
 
-from diffusion import outbox, provenance, tracking
+from diffusion import mirror, outbox, provenance, tracking
 from diffusion.config import TrackingConfig
-from diffusion.journal import Journal, NullTracker, Tracker, read_journal
+from diffusion.journal import Journal, NullTracker, Tracker, read_journal, unsent
+from diffusion.mlflow_writer import RunWriter
 
 pytest.importorskip("mlflow")
 
@@ -236,6 +238,82 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         assert [(step, value) for _, step, _, value in stored_points(database, run.info.run_id)] == [(1, 1.0), (2, 0.5)]
         assert len(client.search_runs([run.info.experiment_id])) == 1
 
+    def test_what_a_later_stage_does_otherwise_is_a_tag(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """MLflow keeps a parameter's first value; the newest is beside it."""
+        client, journal = client_of(database), tmp_path / "run/journal.jsonl"
+        run_id = None
+        for steps, lines in ((10, 0), (50, 1), (50, 0), (10, 1)):
+            tracker = tracking.attach(CONFIG, run_id, stage="sample", journal=journal)
+            tracker.params({"sample.steps": steps, "sample.eta": 0.0})
+            close_in_time(tracker)
+            run_id = tracker.run_id
+            run = client.get_run(run_id)
+            assert run.data.params["sample.steps"] == "10"
+            if lines or steps == 50:
+                assert run.data.tags["now.sample.steps"] == str(steps)
+            else:
+                assert "now.sample.steps" not in run.data.tags
+            assert "now.sample.eta" not in run.data.tags
+            said = warnings(capsys)
+            assert len(said) == lines
+            assert all(f"sample.steps is {steps} now" in line for line in said)
+
+    def test_a_resumed_training_logs_each_step_once(self, database: Path, tmp_path: Path) -> None:
+        """Killed at step 9, it goes on from the checkpoint of step 5; before that it had been rolled back to 7."""
+        values = itertools.count(0.5)  # of equal points, which have equal times too, MLflow keeps one
+        first = open_run(tmp_path / "run")
+        for step in (5, 6, 7, 8, 9, 10, 11, 8, 9):
+            first.metrics({"train/loss": next(values), "system/load": next(values)}, step)
+        close_in_time(first, "KILLED")
+        second = open_run(tmp_path / "run")
+        for step in (6, 7, 8, 9, 10, 11):
+            second.metrics({"train/loss": next(values)}, step)
+        second.metrics({"train/loss": next(values)}, 8)  # a rollback of its own
+        second.metrics({"final/loss": 0.1}, 8)
+        close_in_time(second)
+        points = stored_points(database, second.run_id or "")
+        assert points == journal_points(tmp_path / "run/journal.jsonl")
+        steps = sorted(step for key, step, *_ in points if key == "train/loss")
+        assert steps == [5, 6, 7, 8, 8, 8, 9, 9, 10, 10, 11, 11]
+        assert sum(key == "final/loss" for key, *_ in points) == 1
+
+    def test_a_run_that_ends_well_has_no_error(self, database: Path, tmp_path: Path) -> None:
+        """Even if another process failed in it meanwhile."""
+        tracker = open_run(tmp_path / "run")
+        other = tracking.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "other/journal.jsonl")
+        other.close("FAILED", "no room")
+        client = client_of(database)
+        assert client.get_run(tracker.run_id).data.tags["error"] == "no room"
+        tracker.close("FINISHED")
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED"
+        assert "error" not in run.data.tags
+
+    def test_another_experiment_is_for_new_runs(
+        self, database: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        first = open_run(tmp_path / "run")
+        close_in_time(first)
+        assert warnings(capsys) == []
+        other = TrackingConfig(enabled=True, experiment="another")
+        later = tracking.open_run(other, name="n", run_folder=tmp_path / "run")
+        close_in_time(later)
+        assert later.run_id == first.run_id
+        (line,) = warnings(capsys)
+        assert f"run {first.run_id} stays in experiment {CONFIG.experiment}; another is for new ones" in line
+
+    def test_a_linked_run_says_which_model_it_is_of(self, database: Path, tmp_path: Path) -> None:
+        card = {"name": "lr2e-3-cosine", "fingerprint": "f00d", "data_digest": "d1", "origin": {"git.commit": "c0ffee"}}
+        journal = tmp_path / "journal.jsonl"
+        tracker = tracking.attach(CONFIG, "0" * 32, stage="sample", journal=journal, card=card)
+        close_in_time(tracker)
+        run = client_of(database).get_run(tracker.run_id)
+        assert run.info.run_name == "lr2e-3-cosine"
+        expected = {"git.commit": "c0ffee", "data.digest": "d1", "fingerprint": "f00d", "linked_run_id": "0" * 32}
+        assert expected.items() <= run.data.tags.items()
+
     @pytest.mark.parametrize("lost", ["0" * 32, "not an id ' OR 1", "deleted"])
     def test_unknown_run_is_replaced_by_one_linked_run(self, database: Path, tmp_path: Path, lost: str) -> None:
         client = client_of(database)
@@ -435,7 +513,7 @@ class TestOutage:
         from mlflow import MlflowClient
 
         hung = threading.Event()
-        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
         tracker = open_run(tmp_path / "run")
         monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: hung.wait(SECONDS))
         for step in range(10):
@@ -466,6 +544,57 @@ class TestOutage:
         assert "4 events" in lines[-1]
         assert len(lines) == 3
 
+    @pytest.mark.parametrize("bad", ["empty picture", "no permission", "folder"])
+    def test_a_file_that_cannot_be_read_is_refused(
+        self,
+        database: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        bad: str,
+    ) -> None:
+        (tmp_path / "run").mkdir()
+        broken, good = tmp_path / "run/a.png", tmp_path / "run/good.txt"
+        broken.write_bytes(b"")
+        good.write_text("x")
+        real = Path.open
+
+        def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:  # permissions do not stop root
+            if path == broken and args[:1] == ("rb",):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        if bad != "empty picture":
+            monkeypatch.setattr(Path, "open", refuse)
+        tracker = open_run(tmp_path / "run")
+        for step in (1, 1):
+            if bad == "empty picture":
+                tracker.image(broken, "samples", step)
+            else:
+                tracker.artifact(broken if bad == "no permission" else tmp_path / "run", "files")
+        tracker.artifact(good, "notes")
+        close_in_time(tracker)
+        monkeypatch.setattr(Path, "open", real)
+        lines = warnings(capsys)
+        assert len(lines) == 2, lines
+        assert "MLflow refuses" in lines[0]
+        assert "2 events" in lines[1]
+        assert [p.read_text() for p in (tmp_path / "ml artifacts").rglob("notes/good.txt")] == ["x"]
+        assert unsent(tmp_path / "run/journal.jsonl") == []
+
+    def test_a_file_that_takes_long_does_not_hold_back_the_curves(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        arrived = threading.Event()
+        monkeypatch.setattr(RunWriter, "upload", lambda *_: arrived.wait(SECONDS))
+        (tmp_path / "f").write_text("x")
+        tracker = open_run(tmp_path / "run")
+        tracker.artifact(tmp_path / "f")
+        tracker.metrics({"loss": 1.0}, 1)
+        wait_for(lambda: len(stored_points(database, tracker.run_id or "")) == 1)
+        arrived.set()
+        close_in_time(tracker)
+
     def test_artifact_store_that_is_away_does_not_hold_back_the_curves(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -475,7 +604,7 @@ class TestOutage:
             raise ConnectionError("no bucket")
 
         monkeypatch.setattr(MlflowClient, "log_artifact", away)
-        monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
+        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.5)
         (tmp_path / "f").write_text("x")
         tracker = open_run(tmp_path / "run")
         tracker.artifact(tmp_path / "f")

@@ -53,8 +53,13 @@ def parse(inputs: object, num_classes: int | None) -> Request:
         raise UserError(f"num_images is missing: give {allowed(kinds['num_images'])}")
     try:  # as JSON, where strict means that 16.0 and "16" are no whole numbers but a list is a tuple
         request = TypeAdapter(Request).validate_json(json.dumps(inputs), strict=True)
+    except RecursionError:
+        raise UserError("inputs are nested too deeply: no input is more than a list") from None
     except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
+        first = error.errors()[0]
+        if not first["loc"]:  # no JSON: half of a character, deep nesting
+            raise UserError(f"inputs cannot be read ({first['msg'][:80]})") from None
+        name = str(first["loc"][0])
         raise UserError(f"{name} must be {allowed(kinds[name])}, not {repr(inputs[name])[:40]}") from None
     if num_classes is None and (request.labels is not None or request.guidance not in (None, 1.0)):
         raise UserError("this model knows no classes: leave out labels and guidance")

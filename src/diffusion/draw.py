@@ -8,16 +8,14 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,9 +23,9 @@ from diffusion import images, paths, sampling, tracking
 from diffusion.background import Background
 from diffusion.config import Params, SampleConfig, flat, to_dict
 from diffusion.distributed import World, joined
-from diffusion.errors import UserError
 from diffusion.export import load_denoiser, read_card
 from diffusion.journal import JOURNAL, NullTracker, Tracker
+from diffusion.locks import only_process
 from diffusion.parameterization import Denoiser
 from diffusion.parts import Parts, missing
 from diffusion.provenance import code_digest
@@ -52,20 +50,20 @@ def draw(params: Params) -> None:
             small for one image, or a file cannot be written.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); finished batches were saved first.
     """
-    with joined(params.sample.device) as (world, device):
+    with joined(params.sample.device) as (world, device), contextlib.ExitStack() as held:
         card = world.together(lambda: read_card(paths.MODEL))
         run = paths.RUNS / card["fingerprint"]
-        tracker: Tracker = NullTracker()
-        if world.is_main:
-            for line in doubtful(params.sample):
-                print(f"warning: {line}", file=sys.stderr)
-            journal = run / JOURNAL
-            tracker = tracking.attach(params.tracking, card["run_id"], stage="sample", journal=journal)
+        keep_freed_memory()
+        denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
+        parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
+        lock = only_process(parts.folder / "lock", "is drawing these samples")
+        world.together(lambda: held.enter_context(lock) if world.is_main else None)
+        tracker = _attach(params, card, run) if world.is_main else NullTracker()
         with tracking.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
             start = time.perf_counter()
             try:
-                _draw(params, card, run, world, device)
+                _draw(params, denoiser, parts, card, world, device)
             except KeyboardInterrupt:
                 if not world.is_main:
                     sys.exit(130)
@@ -86,40 +84,29 @@ def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
         "device": device.type,
         "precision": str(denoiser.dtype),
         "model": model,
-        "code": code_digest(Path(sampling.__file__)),
+        "code": _code(),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def only_sampler(folder: Path) -> Iterator[None]:
-    """Keep a second process from drawing the same set: a killed `dvc` leaves its stage running.
-
-    Raises:
-        UserError: there is one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / "lock"), folder / "lock.pid"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        pid = owner.read_text().strip() if owner.exists() else "unknown"
-        raise UserError(f"another process ({pid}) is drawing these samples: wait for it, or stop it") from None
-    with lock:
-        owner.write_text(f"{os.getpid()}\n")
-        yield
+def _code() -> str:
+    """Digest of the code that decides what an image is."""
+    return code_digest(Path(sampling.__file__))
 
 
-def _draw(params: Params, card: dict[str, Any], run: Path, world: World, device: torch.device) -> None:
-    keep_freed_memory()
-    denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
-    parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
-    with contextlib.ExitStack() as held:
-        world.together(lambda: held.enter_context(only_sampler(parts.folder)) if world.is_main else None)
-        _draw_parts(params, denoiser, parts, world, device)
-        if world.is_main:
-            _write_outputs(params, denoiser, parts.collect(params.sample.num_images), card, device)
-            parts.remove()
+def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
+    for line in doubtful(params.sample):
+        print(f"warning: {line}", file=sys.stderr)
+    return tracking.attach(params.tracking, card["run_id"], stage="sample", journal=run / JOURNAL, card=card)
+
+
+def _draw(
+    params: Params, denoiser: Denoiser, parts: Parts, card: dict[str, Any], world: World, device: torch.device
+) -> None:
+    _draw_parts(params, denoiser, parts, world, device)
+    if world.is_main:
+        _write_outputs(params, denoiser, parts.collect(params.sample.num_images), card, device)
+        parts.remove()
 
 
 def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, device: torch.device) -> None:
@@ -194,6 +181,8 @@ def _write_outputs(
         "precision": str(denoiser.dtype).removeprefix("torch."),
         "seed": params.seed,
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
+        "made_by": {"name": card.get("name"), "origin": card.get("origin", {})},
+        "code": _code(),
     }
     paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")
     images.save_png(images.grid(drawn[:GRID_IMAGES], columns=8, scale=images.zoom(drawn)), paths.SAMPLES / "grid.png")

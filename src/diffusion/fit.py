@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from diffusion import paths, tracking
-from diffusion.config import Params, flat, trained, write_yaml
+from diffusion.config import Params, TrainedConfig, flat, trained, write_yaml
 from diffusion.data import Dataset
 from diffusion.distributed import joined
 from diffusion.ema import ema_decay
@@ -186,7 +186,7 @@ def _described_data() -> dict[str, str]:
     return {"name": Path(card["source"]).name, "digest": card["digest"], "source": card["source"]}
 
 
-def run_name(params: Params) -> str:
+def run_name(params: Params | TrainedConfig) -> str:
     """Short and telling: learning rate, its schedule, noise schedule, what is predicted."""
     lr = f"{params.train.lr:.0e}".replace("e-0", "e-") if params.train.lr < 1 else str(params.train.lr)
     return f"lr{lr}-{params.train.lr_schedule}-{params.diffusion.schedule}-{params.diffusion.prediction}"
@@ -227,6 +227,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by
         "data_digest": data_digest,
         "fingerprint": trainer.folder.name,
         "run_id": tracker.run_id,
+        "name": run_name(trainer.config),
         "origin": made_by,
     }
     save_model(paths.MODEL, trainer.best, trainer.config, about)

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
+MEMORY = "mlflow_run_id"  # beside it
+CURVES = ("train/", "val/", "best/")  # of training, a point a step
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
 
 
@@ -72,7 +74,9 @@ class NullTracker:
         self._emit("params", dict(flat))
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._emit("metrics", {"step": int(step), "values": {key: float(value) for key, value in values.items()}})
+        numbers = {key: float(value) for key, value in values.items() if self.is_new(key, step)}
+        if numbers:
+            self._emit("metrics", {"step": int(step), "values": numbers})
 
     def tags(self, tags: Mapping[str, str]) -> None:
         self._emit("tags", {key: str(value) for key, value in tags.items()})
@@ -92,6 +96,10 @@ class NullTracker:
     def keep(self, path: Path, folder: str) -> Path:
         """Where the file will still be when an outage ends."""
         return path
+
+    def is_new(self, key: str, step: int) -> bool:
+        """Whether a curve's point is not one that an earlier sitting has recorded."""
+        return True
 
     def close(self, status: Status, message: str = "") -> None:
         self._emit("close", {"status": status, "message": message})
@@ -119,10 +127,15 @@ class Journal(NullTracker):
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock, self._fd, self._seq = path, threading.Lock(), -1, 0
+        self._reached: dict[str, int] = {}  # newest step of each curve that earlier sittings left
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             old = path.read_bytes() if path.exists() else b""
-            self._seq = max((event.seq for event in _parse(old)), default=0)
+            for event in _parse(old):
+                self._seq = max(self._seq, event.seq)
+                if event.kind == "metrics":  # the last step, not the largest: a rollback does steps again
+                    curves = [key for key in event.data["values"] if key.startswith(CURVES)]
+                    self._reached |= dict.fromkeys(curves, event.data["step"])
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             if old and not old.endswith(b"\n"):
                 os.write(self._fd, b"\n")
@@ -164,6 +177,13 @@ class Journal(NullTracker):
             warn(f"{path} cannot be kept for a later upload ({error.strerror})")
             return path
         return kept
+
+    def is_new(self, key: str, step: int) -> bool:
+        """A training that was killed goes on from its checkpoint, and does again the steps after it."""
+        if step <= self._reached.get(key, -1):
+            return False
+        self._reached.pop(key, None)
+        return True
 
     def finish(self) -> None:
         fd, self._fd = self._fd, -1
@@ -212,6 +232,21 @@ def mark_sent(path: Path, seq: int) -> None:
         new.replace(path.with_suffix(".sent"))
     except OSError as error:
         warn(f"{new} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
+
+
+def remembered(path: Path) -> str | None:
+    """MLflow's id of the run that a journal's sittings share; None if they have none yet."""
+    memory = path.with_name(MEMORY)
+    return memory.read_text().strip() if memory.exists() else None
+
+
+def remember(path: Path, run_id: str) -> None:
+    """Keep the id of a journal's run beside it."""
+    memory = path.with_name(MEMORY)
+    try:
+        memory.write_text(run_id + "\n")
+    except OSError as error:
+        warn(f"{memory} cannot be written ({error.strerror}): if this is resumed, it opens another MLflow run")
 
 
 def read_journal(path: Path) -> list[Event]:

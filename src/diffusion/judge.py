@@ -1,6 +1,8 @@
 """The evaluate stage: scores of the samples, to metrics/evaluate.json and to the model's run."""
 
+import contextlib
 import json
+import sys
 from hashlib import sha256
 from typing import Any
 
@@ -10,6 +12,7 @@ from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.export import read_card
 from diffusion.journal import JOURNAL, NullTracker, Tracker
+from diffusion.locks import only_process
 from diffusion.metrics.names import shown
 
 
@@ -19,19 +22,22 @@ def judge(params: Params) -> None:
     Raises:
         UserError: samples or references are missing or unfit.
     """
-    with joined(params.evaluate.device) as (world, _):
+    with joined(params.evaluate.device) as (world, _), contextlib.ExitStack() as held:
         about = world.together(_read_card)
-        drawn_with = about.pop("config")
+        drawn_with, code, made_by = about.pop("config"), about.pop("code", None), about.pop("made_by", {})
+        run = paths.RUNS / about["fingerprint"]
+        lock = only_process(run / "evaluate.lock", "is scoring these samples")
+        world.together(lambda: held.enter_context(lock) if world.is_main else None)
         tracker: Tracker = NullTracker()
         if world.is_main:
-            journal = paths.RUNS / about["fingerprint"] / JOURNAL
-            tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal)
+            card, journal = {**made_by, **about}, run / JOURNAL
+            tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal, card=card)
         with tracking.closing_status(tracker, "evaluate"):
             tracker.params(flat(params.evaluate, "evaluate"))
             result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
             if world.is_main:
                 _report(result, about["step"], tracker)
-                _register(params.tracking.experiment, drawn_with, result, tracker)
+                _register(params.tracking.experiment, drawn_with, code, result, tracker)
 
 
 def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
@@ -43,14 +49,20 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
     print("  ".join(f"{name} {shown(value)}" for name, value in scores.items()))
 
 
-def _register(name: str, sample: dict[str, Any], result: dict[str, Any], tracker: Tracker) -> None:
-    """Hand the model to the registry with its scores and the sample section that they were drawn with."""
+def _register(name: str, sample: dict[str, Any], code: str | None, result: dict[str, Any], tracker: Tracker) -> None:
+    """Hand the model to the registry with its scores and the section and code that the samples were drawn with."""
     scores = [
         {"metric": about["metric"], "value": result[about["metric"]], "of": _conditions(about)}
         for about in result["about"]
         if about["measure"] == "frechet"
     ]
-    tracker.model(paths.MODEL, registry.described(name, paths.MODEL, read_card(paths.MODEL), sample, scores))
+    if not scores:
+        print(
+            "warning: evaluate.measures lacks frechet: this model can be compared with no other version",
+            file=sys.stderr,
+        )
+    card = read_card(paths.MODEL)
+    tracker.model(paths.MODEL, registry.described(name, paths.MODEL, card, sample, scores, code))
 
 
 def _conditions(about: dict[str, Any]) -> str:

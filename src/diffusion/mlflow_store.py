@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +18,7 @@ from diffusion import paths
 from diffusion.journal import warn
 from diffusion.outbox import is_refusal
 
+FILE_SECONDS = 300  # for the answer to an upload
 CREATE_SECONDS = 120.0  # for another process to make the database
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `make ui` opens on pages for LLMs
 
@@ -35,13 +37,29 @@ def connect() -> Any:
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
+    _give_files_time()
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
     return MlflowClient(_anchored(os.environ.get("MLFLOW_TRACKING_URI", "")) or prepare_store())
+
+
+def _give_files_time() -> None:
+    """Let uploads and downloads take FILE_SECONDS: MLflow has one timeout for them and for the short requests."""
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+    from mlflow.store.artifact import http_artifact_repo
+    from mlflow.utils.rest_utils import http_request
+
+    seconds = max(FILE_SECONDS, MLFLOW_HTTP_REQUEST_TIMEOUT.get())
+    vars(http_artifact_repo)["http_request"] = partial(http_request, timeout=seconds)
 
 
 def is_server(uri: str) -> bool:
     """Whether a tracking URI names a server, which has artifacts of its own, and no database."""
     return uri.startswith(("http:", "https:", "databricks"))
+
+
+def is_embedded(uri: str) -> bool:
+    """Whether a tracking URI names a file of this machine: what it is slow at comes to an end."""
+    return uri.startswith("sqlite:")
 
 
 def prepare_store() -> str:
@@ -90,11 +108,26 @@ def enter(client: Any, experiment: str, run_id: str | None, name: str, tags: Map
     found = run.info.run_id
     if run.info.experiment_id != experiment_id:
         close_dead_runs(client, run.info.experiment_id)
+        if "mlflow.project.entryPoint" not in run.data.tags:  # `mlflow run` has said where it puts its runs
+            place = client.get_experiment(run.info.experiment_id).name
+            warn(f"this training's run {found} stays in experiment {place}; {experiment} is for new ones")
     client.update_run(found, status="RUNNING")
     client.log_batch(found, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
     if "error" in run.data.tags:
         client.delete_tag(found, "error")
     return str(found)
+
+
+def has_run(client: Any, run_id: str) -> bool:
+    """Whether the store has the run, and not as one that was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if not is_refusal(error):
+            raise
+        return False
 
 
 def signature() -> dict[str, str]:
@@ -108,7 +141,10 @@ def is_alive(tags: Mapping[str, str]) -> bool:
     if tags.get("host") != socket.gethostname() or not tags.get("pid", "").isdigit():
         return True
     try:
-        started = psutil.Process(int(tags["pid"])).create_time()
+        process = psutil.Process(int(tags["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        started = process.create_time()
     except psutil.NoSuchProcess:
         return False
     except psutil.Error:

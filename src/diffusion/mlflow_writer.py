@@ -6,15 +6,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from diffusion import registry
-from diffusion.journal import Event
-from diffusion.outbox import POINTS_PER_BATCH
+from diffusion.journal import Event, warn
+from diffusion.outbox import POINTS_PER_BATCH, UnreadableError, brief
 
 PAIRS_PER_BATCH = 100  # MLflow's limits
 PARAM_CHARS = 6000
@@ -32,16 +31,14 @@ class RunWriter:
 
     def send(self, batch: list[Event]) -> None:
         """Write metric events, or one event of another kind."""
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, RunTag
 
         kind, data = batch[0].kind, batch[0].data
         if kind == "metrics":
             points = [Metric(k, v, e.time, e.data["step"]) for e in batch for k, v in e.data["values"].items()]
             self._log("metrics", points, POINTS_PER_BATCH)
         elif kind == "params":
-            known = self._client.get_run(self.run_id).data.params  # a second, different value would be refused
-            new = [Param(key, _text(value)[:PARAM_CHARS]) for key, value in data.items() if key not in known]
-            self._log("params", new, PAIRS_PER_BATCH)
+            self._log_params({key: _text(value)[:PARAM_CHARS] for key, value in data.items()})
         elif kind == "tags":
             self._log("tags", [RunTag(key, value[:TAG_CHARS]) for key, value in data.items()], PAIRS_PER_BATCH)
         elif kind == "dataset":
@@ -49,11 +46,26 @@ class RunWriter:
         elif kind == "close":
             if data["message"]:
                 self._client.set_tag(self.run_id, "error", data["message"][:TAG_CHARS])
+            elif data["status"] == "FINISHED" and "error" in self._client.get_run(self.run_id).data.tags:
+                self._client.delete_tag(self.run_id, "error")
             self._client.set_terminated(self.run_id, data["status"], batch[0].time)
 
     def _log(self, kind: str, entities: list[Any], most: int) -> None:
         for start in range(0, len(entities), most):
             self._client.log_batch(self.run_id, **{kind: entities[start : start + most]}, synchronous=True)
+
+    def _log_params(self, texts: Mapping[str, str]) -> None:
+        """Write parameters; those that the run has with another value, which MLflow keeps, as tags now.<key>."""
+        from mlflow.entities import Param, RunTag
+
+        run = self._client.get_run(self.run_id).data
+        self._log("params", [Param(key, text) for key, text in texts.items() if key not in run.params], PAIRS_PER_BATCH)
+        last = {key: run.tags.get(f"now.{key}", value) for key, value in run.params.items()}
+        changed = {key: text for key, text in texts.items() if last.get(key, text) != text}
+        self._log("tags", [RunTag(f"now.{key}", text) for key, text in changed.items()], PAIRS_PER_BATCH)
+        if changed:
+            values = ", ".join(f"{key} is {text[:40]} now, not {last[key][:40]}" for key, text in changed.items())
+            warn(f"{values}: MLflow keeps a run's first parameters, so this is in its tags now.*")
 
     def _log_dataset(self, data: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -64,8 +76,7 @@ class RunWriter:
     def upload(self, batch: list[Event]) -> None:
         """Write one event that has a file."""
         event, path = batch[0], Path(batch[0].data["path"])
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist")
+        _check_readable(path)
         if event.kind == "model":
             registry.register(self._client, self.run_id, path, event.data)
         elif event.kind == "image":
@@ -79,10 +90,13 @@ class RunWriter:
         key = event.data["key"].replace("/", "~")
         identity = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.run_id} {key} {event.data['step']} {event.time}")
         name = f"{key}+step+{event.data['step']}+timestamp+{event.time}+{identity}"
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copyfile(path, Path(folder) / f"{name}.png")
+        try:
             with Image.open(path) as picture:
                 small = picture.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableError(f"{path} is no picture: {error}") from None
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copyfile(path, Path(folder) / f"{name}.png")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(Path(folder) / f"{name}+compressed.webp")
             self._client.log_artifacts(self.run_id, folder, "images")
@@ -106,8 +120,11 @@ class SystemMetrics:
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
         for kind in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
-            with suppress(ImportError, RuntimeError):  # a GPU's alone: no GPU here, or not the library to ask it
+            try:
                 self._monitors.append(kind())
+            except Exception as error:
+                if kind is not GPUMonitor or not isinstance(error, ImportError | RuntimeError):  # no GPU, or no library
+                    _say_blind(kind, error)
         self._collect()  # the first share of CPU time is meaningless
 
     def read(self) -> dict[str, float]:
@@ -115,15 +132,32 @@ class SystemMetrics:
         if not self._monitors or time.monotonic() < self._next:
             return {}
         self._next = time.monotonic() + SYSTEM_SECONDS
-        return {f"system/{key}": float(value) for key, value in self._collect().items()}
+        return self._collect()
 
     def _collect(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            found |= monitor.aggregate_metrics()
-            monitor.clear_metrics()
+        for monitor in list(self._monitors):
+            try:
+                monitor.collect_metrics()
+                found |= {f"system/{key}": float(value) for key, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+            except Exception as error:  # a container without /proc, a driver that is gone: no reason to stop
+                _say_blind(type(monitor), error)
+                self._monitors.remove(monitor)
         return found
+
+
+def _say_blind(kind: type, error: Exception) -> None:
+    warn(f"no system metrics of {kind.__name__} ({brief(error)})")
+
+
+def _check_readable(path: Path) -> None:
+    """Raises UnreadableError unless the file, or every file in the folder, can be opened."""
+    try:
+        for file in [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]:
+            file.open("rb").close()
+    except OSError as error:
+        raise UnreadableError(f"{error.filename}: {error.strerror}") from None
 
 
 def _text(value: object) -> str:

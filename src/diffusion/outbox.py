@@ -11,13 +11,18 @@ MAX_WAITING = 20_000  # events that wait for the store; further points stay in t
 POINTS_PER_BATCH = 1000  # MLflow's limit
 
 
+class UnreadableError(Exception):
+    """A file on this machine cannot be read, so that it can never be sent."""
+
+
 class Lane:
     """Events on their way to one service: pushed by the caller's thread, sent in order by another."""
 
     def __init__(self, send: Callable[[list[Event]], None], report: Callable[[Event, Exception | None], None]) -> None:
         self._send, self._report = send, report
         self.waiting: deque[Event] = deque()
-        self.dropped = self.failures = 0  # failures: in a row
+        self.stopped = False  # nobody waits for it any more
+        self.sent = self.dropped = self.failures = 0  # failures: in a row
         self.refused = 0  # of the dropped: the service would refuse them again
         self.retry_at = self.moved = 0.0  # monotonic seconds
         self._alone = 0  # so many events are sent one by one
@@ -31,7 +36,7 @@ class Lane:
 
     def drain(self) -> None:
         """Send what waits; stop at the first failure and hold back for 1, 2, 4 ... 30 s."""
-        while self.waiting and time.monotonic() >= self.retry_at:
+        while self.waiting and not self.stopped and time.monotonic() >= self.retry_at:
             batch = self._batch()
             try:
                 self._send(batch)
@@ -47,6 +52,8 @@ class Lane:
                 self.dropped += 1
                 self.refused += 1
                 self._report(batch[0], error)
+            else:
+                self.sent += len(batch)
             self._done(batch)
 
     def _done(self, batch: list[Event]) -> None:
@@ -73,5 +80,11 @@ class Lane:
 def is_refusal(error: Exception) -> bool:
     """Whether asking again would give the same answer."""
     codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
-    bugs = (FileNotFoundError, TypeError, AttributeError, LookupError, UnicodeError)
+    bugs = (UnreadableError, FileNotFoundError, TypeError, AttributeError, LookupError, UnicodeError)
     return isinstance(error, bugs) or getattr(error, "error_code", None) in codes
+
+
+def brief(error: Exception) -> str:
+    """An error in one short line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -25,6 +25,7 @@ from diffusion.journal import warn
 from diffusion.mlflow_store import connect, is_server
 
 LIBRARY = Path(__file__).parent
+WAY = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance", "labels")  # how a model is sampled
 PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tqdm")
 
 
@@ -34,15 +35,17 @@ def model_name(experiment: str) -> str:
 
 
 def described(
-    experiment: str, weights: Path, card: Mapping[str, Any], sample: Mapping[str, Any], scores: list[dict[str, Any]]
+    experiment: str,
+    weights: Path,
+    card: Mapping[str, Any],
+    sample: Mapping[str, Any],  # the section that the images were drawn with
+    scores: list[dict[str, Any]],  # {"metric": its name, "value": lower is better, "of": what equal conditions share}
+    code: str | None,  # digest of the code that drew them; None in cards of older samples
 ) -> dict[str, Any]:
-    """What `register` has to know, in JSON types. `sample`: the sample section that the images were drawn with.
-
-    `scores`: {"metric": its name, "value": lower is better, "of": a text that equal conditions share}.
-    """
+    """What `register` has to know, in JSON types."""
     digest = _digest(weights)
-    way = {key: sample[key] for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")}
-    identity = hashlib.sha256(json.dumps([digest, way], sort_keys=True).encode()).hexdigest()[:16]
+    way = {key: sample[key] for key in WAY}
+    identity = hashlib.sha256(json.dumps([digest, way, code], sort_keys=True).encode()).hexdigest()[:16]
     about = {
         "name": model_name(experiment),
         "identity": identity,
@@ -121,6 +124,12 @@ def _known(client: Any, name: str, identity: str) -> Any | None:
     return found[0] if found else None
 
 
+def _begun(client: Any, experiment: str, run_id: str, identity: str) -> Any | None:
+    """The run's logged model of this identity, which an outage left without a version."""
+    query = f"source_run_id = '{run_id}' AND tags.identity = '{identity}'"
+    return next(iter(client.search_logged_models([experiment], query, max_results=1)), None)
+
+
 def _create(client: Any, run_id: str, weights: Path, about: Mapping[str, Any]) -> Any:
     """A logged model of the run, and a version of the registered model made of it."""
     from mlflow.exceptions import MlflowException
@@ -134,7 +143,10 @@ def _create(client: Any, run_id: str, weights: Path, about: Mapping[str, Any]) -
     origin = {key: value for key, value in about["card"].get("origin", {}).items() if key.startswith("git.")}
     tags = {"identity": about["identity"], **origin}
     way = {key: str(about["sample"][key]) for key in ("sampler", "steps", "spacing", "guidance")}
-    logged = client.create_logged_model(run.info.experiment_id, "model", run_id, tags, way, "diffusion")
+    experiment = run.info.experiment_id
+    logged = _begun(client, experiment, run_id, about["identity"]) or client.create_logged_model(
+        experiment, "model", run_id, tags, way, "diffusion"
+    )
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "model", weights, about["card"], about["sample"], model_id=logged.model_id, run_id=run_id)
         client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def fetch(name: str, version: int | None) -> tuple[Path, int]:
                 raise UserError(f"model {name} has no champion: run `dvc repro`, or `make promote VERSION=n`")
             version = int(found.version)
         found = client.get_model_version(name, str(version))
+        if "identity" not in found.tags:
+            raise UserError(
+                f"version {version} of model {name} is not of this pipeline: `make promote` lists the others"
+            )
         folder = paths.RUNS / "served" / found.tags["identity"]
         if not (folder / "MLmodel").exists():
             from mlflow.artifacts import download_artifacts
@@ -103,16 +108,42 @@ def app() -> Any:
                 return JSONResponse({"error": "say how long the body is, with Content-Length"}, 411)
             if int(length) > MAX_BODY:
                 return JSONResponse({"error": f"the body is too long: send at most {MAX_BODY} bytes"}, 413)
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                return JSONResponse({"error": "send JSON, with Content-Type: application/json"}, 415)
+            if not is_json(request.headers.get("content-type", "")):
+                return JSONResponse({"error": "send JSON in UTF-8, with Content-Type: application/json"}, 415)
+            others = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
+            request.scope["headers"] = [*others, (b"content-type", b"application/json")]  # MLflow knows this spelling
             try:
                 check(await request.body(), num_classes)
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
-        return await forward(request)
+        response = await forward(request)
+        if response.status_code < 400:
+            return response
+        text = b"".join([part async for part in response.body_iterator]).decode(errors="replace")  # type: ignore[attr-defined]
+        return JSONResponse({"error": sentence(text)}, response.status_code)
 
     return server
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type means JSON in UTF-8."""
+    message = Message()
+    message["Content-Type"] = content_type
+    charset = str(message.get_param("charset", "utf-8")).lower()
+    return bool(content_type) and message.get_content_type() == "application/json" and charset in ("utf-8", "utf8")
+
+
+def sentence(answer: str) -> str:
+    """What an error of MLflow's server says, in one line; its traceback goes to the log."""
+    try:
+        content = json.loads(answer)
+    except ValueError:
+        content = answer
+    if isinstance(content, dict):
+        if "stack_trace" in content:
+            print(content["stack_trace"], file=sys.stderr)
+        content = content.get("message") or content.get("detail") or answer
+    return " ".join(str(content).rpartition("Error: ")[2].split())[:200]
 
 
 def check(body: bytes, num_classes: int | None) -> None:
@@ -127,7 +158,13 @@ def check(body: bytes, num_classes: int | None) -> None:
         raise UserError(f"the body is not JSON: {' '.join(str(error).split())[:120]}") from None
     if not isinstance(content, dict) or set(content) != {"inputs"}:
         raise UserError('the body must be an object such as {"inputs": {"num_images": 16, "seed": 7}}')
-    api.parse(content["inputs"], num_classes)
+    inputs = content["inputs"]
+    api.parse(inputs, num_classes)
+    for name, value in inputs.items():  # MLflow's schema has neither null nor what the model does not know
+        if value is None:
+            raise UserError(f"{name} must not be null: leave it out")
+        if num_classes is None and name in ("labels", "guidance"):
+            raise UserError(f"this model knows no classes: leave out {name}")
 
 
 if __name__ == "__main__":

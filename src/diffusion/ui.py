@@ -85,9 +85,12 @@ def scores(runs: list[Any]) -> list[str]:
 
 
 def differing(runs: list[Any]) -> list[str]:
-    """Parameters to show: those in which the runs differ, the most telling first; where none does, the telling ones."""
+    """Parameters to show: those in which the runs differ, the most telling first; where none does, the telling ones.
+
+    The trials of a search are not asked: they differ in what the search tries.
+    """
     values: dict[str, set[str]] = {}
-    for run in runs:
+    for run in [run for run in runs if "optuna.trial" not in run.data.tags]:
         for key, value in run.data.params.items():
             values.setdefault(key, set()).add(value)
     differ = [key for key in values if len(values[key]) > 1 and key.split(".")[-1] not in SILENT]

@@ -1,0 +1,30 @@
+"""Work that one process at a time may do."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from diffusion.errors import UserError
+
+
+@contextlib.contextmanager
+def only_process(lock: Path, work: str) -> Iterator[None]:
+    """Keep a second process from the same `work`, e.g. "is drawing": a killed `dvc` leaves its stage running.
+
+    Raises:
+        UserError: there is one.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    owner = lock.with_suffix(".pid")
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text().strip() if owner.exists() else "unknown"
+        raise UserError(f"another process ({pid}) {work}: wait for it, or stop it") from None
+    with held:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
