@@ -1,6 +1,7 @@
 """MLflow's pages as people see them: `make ui` in a real headless Chromium, with runs that the stages made."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from conftest import REPO
 from stores import client_of, free_port, wait_for
 from test_stages import run_all, write_params
 
-from diffusion import paths, ui
+from diffusion import config, fit, paths, tracking, ui
 
 pytest.importorskip("mlflow")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -150,6 +151,29 @@ def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.M
     assert all(f"{name} (train/loss)" in compared.text for name in losses)
     latest = {float(text) for text in re.findall(r"(\d\.\d+) \(step=8\)", compared.text)}
     assert latest >= {*losses.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
+def test_one_screen_shows_which_of_ten_runs_is_best_and_why(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_params(**{"tracking.enabled": True})
+    rates = [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    scores = {}
+    for number, (schedule, lr) in enumerate(itertools.product(("cosine", "linear"), rates)):
+        params = config.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
+        tracker = tracking.open_run(params.tracking, name=fit.run_name(params), run_folder=paths.RUNS / f"{number}")
+        with tracking.closing_status(tracker, "train"):
+            tracker.params(config.flat(config.trained(params)))
+            scores[fit.run_name(params)] = 200.0 + 37 * number % 10  # all differ
+            tracker.metrics({"best/val_loss": 0.1, "evaluate/fd_lite0_2k": scores[fit.run_name(params)]}, 8)
+    with pages(workspace) as (address, _):
+        table = browse(address, workspace)
+    assert table.names == sorted(scores, key=scores.__getitem__)
+    assert [float(text) for text in table.column("metrics.`evaluate/fd_lite0_2k`")] == sorted(scores.values())
+    for key in ("train.lr", "diffusion.schedule", "seed"):  # all that differs, drawn without scrolling
+        assert all(table.column(f"params.`{key}`")), key
 
 
 def a_run(params: dict[str, str], **metrics: float) -> SimpleNamespace:

@@ -21,7 +21,7 @@ VIEW = "best"
 SCORES = ("fid", "fd_")  # how the names of metrics begin that runs are ordered by; lower is better
 TELLING = ("train.lr", "train.lr_schedule", "diffusion.schedule", "diffusion.prediction", "train.steps", "seed")
 SILENT = ("device", "precision", "compile", "processes", "micro_batch", "save_png")  # what changes no result, or hardly
-METRICS, PARAMS = 4, 6  # columns at most
+PARAMS = 6  # columns at most: which is better, and why, on one screen
 
 
 @click.command()
@@ -75,13 +75,12 @@ def view(runs: list[Any]) -> dict[str, Any]:
 
 
 def scores(runs: list[Any]) -> list[str]:
-    """Metrics to show: the score that most runs have, then the others of evaluation, then the validation loss."""
+    """Metrics to show: the score that most runs have, then the validation loss."""
     found = Counter(key for run in runs for key in run.data.metrics if key.startswith("evaluate/"))
     keys = sorted(found, key=lambda key: (-found[key], key))
     ranking = [key for start in SCORES for key in keys if key.removeprefix("evaluate/").startswith(start)]
     ranking = sorted(ranking, key=lambda key: -found[key])  # stable: FID first if as many have it
-    others = [key for key in keys if key not in ranking[:1]]
-    return [*ranking[:1], *others[: METRICS - 2], "best/val_loss"] if ranking else ["best/val_loss"]
+    return [*ranking[:1], "best/val_loss"]
 
 
 def differing(runs: list[Any]) -> list[str]:
