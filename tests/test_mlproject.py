@@ -35,7 +35,7 @@ class TestOptions:
             "seed": "3",
             "train.lr": "3e-4",
             "train.flip": "false",
-            "model.multipliers": "[1, 2]",
+            "model.multipliers": "[1, 1, 2]",
             "model.num_classes": "null",
             "diffusion.prediction": "eps",
         }
@@ -164,7 +164,7 @@ class TestReproduce:
 
     def test_other_values_and_other_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever differs, spelt so that YAML reads it back."""
-        params = config.load(REPO / "params/conditional.yaml", {"model.multipliers": [1, 2], "data.path": "a b"})
+        params = config.load(REPO / "params/conditional.yaml", {"model.multipliers": [1, 1, 2], "data.path": "a b"})
         command = self.asked(monkeypatch, params)
         assert command[:5] == ["-m", "dvc", "exp", "run", "--temp"]
         given = dict(text.split("=", 1) for text in command[6::2])
