@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from served import described, params_of, write_model
 from stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import config, mlflow_store, paths, registry, sampling, serving
+from diffusion import config, judge, mlflow_store, paths, registry, sampling, serving
 from diffusion.errors import UserError
 from diffusion.export import load_denoiser
+from diffusion.journal import NullTracker
 from diffusion.sync import sync
 
 pytest.importorskip("mlflow")
@@ -125,6 +126,16 @@ class TestAliases:
         assert "no version 3" in refused.output
         with pytest.raises(UserError, match="no version 9"):
             registry.promote(client, "faces", 9)
+
+
+def test_scores_that_decide_nothing_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "models", params_of())
+    judge._register("faces", config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: evaluate.measures lacks frechet")
 
 
 def test_a_version_that_the_pipeline_did_not_register_is_not_served(client: Any, tmp_path: Path) -> None:

@@ -255,6 +255,8 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     assert found.info.status == "FINISHED"
     assert found.info.run_id == json.loads(paths.MODEL_CARD.read_text())["run_id"]
     assert found.info.run_name == "lr2e-3-linear-cosine-v"
+    assert json.loads(paths.MODEL_CARD.read_text())["name"] == found.info.run_name
+    assert json.loads(paths.SAMPLES_CARD.read_text())["made_by"]["name"] == found.info.run_name
     expected = {"train.lr": "0.002", "model.channels": "16", "sample.num_images": "12", "evaluate.inception": "off"}
     assert expected.items() <= found.data.params.items()
     assert found.data.tags["data.digest"] == json.loads(paths.DATA_CARD.read_text())["digest"]

@@ -10,7 +10,7 @@ from diffusion.outbox import Lane, brief, is_refusal
 
 GATHER_SECONDS = 1.0  # how long points gather before they are written together
 CLOSE_SECONDS = 5.0  # what a store that is away, hangs or is slow may cost when a run is closed
-UPLOAD_SECONDS = 60.0  # for a patient tracker, while a file is on its way and nothing has failed
+UPLOAD_SECONDS = 300.0  # of a patient tracker, while a file is on its way and nothing has failed
 FILES = ("artifact", "image", "model")
 
 

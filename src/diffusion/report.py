@@ -116,7 +116,8 @@ def report(params: Params) -> None:
     (folder / "index.html").write_text(page, encoding="utf-8")
     card = _read_json(paths.SAMPLES_CARD)
     journal = paths.RUNS / card["fingerprint"] / JOURNAL
-    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal)
+    known = card | card.get("made_by", {})
+    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal, card=known)
     with tracking.closing_status(tracker, "report"):
         for path in sorted(folder.iterdir()):
             tracker.artifact(path, "report")
