@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import REPO
+from PIL import Image
 from test_evaluation import pictures
 
 from diffusion import features, images
@@ -66,6 +67,8 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
         (["mixed", "real.npz"], "bring all to one size"),
         (["empty", "real.npz"], "no pictures"),
         (["broken", "real.npz"], "damaged"),
+        (["float", "real.npz"], "a.tiff has pixels of mode F, not 8 bits a channel"),
+        (["deep", "real.npz"], "a.png has pixels of mode I;16, not 8 bits a channel"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "cut.pth"], "cut.pth does not hold"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "no.pth"], "no such file"),
         (["made.npz", "made.npz", "--measure", "infinity"], "at least 2560 samples"),
@@ -81,6 +84,9 @@ def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) ->
     images.save_png(pictures(1)[0], place / "mixed/a.png")
     images.save_png(pictures(1)[0, ::2], place / "mixed/b.png")
     (place / "broken/a.png").write_bytes(b"\x89PNG")
+    for name, kind in (("float/a.tiff", np.float32), ("deep/a.png", np.uint16)):
+        (place / name).parent.mkdir()
+        Image.fromarray(np.full((32, 32), 300, kind)).save(place / name)
     (place / "cut.pth").write_bytes(b"PK\x03\x04")
     extractor = [] if "--extractor" in arguments else ["--extractor", "lite0"]
     found = compare(*arguments, *extractor)

@@ -13,6 +13,7 @@ from diffusion import paths
 from diffusion.data import SUFFIXES, UNREADABLE, read_npz
 from diffusion.errors import UserError
 
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow: 8 bits a channel; it clips the others
 NAMED = {"cifar10:train": paths.CIFAR10_TRAIN, "cifar10:test": paths.CIFAR10_TEST}
 
 
@@ -101,6 +102,8 @@ def _pictures(folder: Path) -> np.ndarray:
 def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise UserError(f"{path} has pixels of mode {image.mode}, not 8 bits a channel: scale it to 0..255")
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
         raise UserError(f"{path} is damaged (no picture): repair or remove it") from None
