@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffusion.extraction import moments_of
 from diffusion.image_files import load_samples
 from diffusion.metrics import frechet_distance
 from diffusion.reference import Reference, make_reference, write_references
+from diffusion.weights import sha256
 
 CPU = torch.device("cpu")
 
@@ -83,8 +83,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Real images and samples where the stages look for them; no weights, no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    absent = partial(features.find_inception_weights, folder=tmp_path / "weights", url="http://127.0.0.1:9/")
-    monkeypatch.setattr(extractors, "find_inception_weights", absent)
+    monkeypatch.setattr(paths, "WEIGHTS", tmp_path / "weights")
     paths.IMAGES.mkdir(parents=True)
     paths.SAMPLES.mkdir()
     np.save(paths.TRAIN_IMAGES, pictures(30))
@@ -182,7 +181,7 @@ class SmallInception(features.Inception):
 
     def __init__(self, weights: Path, precision: str = "fp32") -> None:
         torch.nn.Module.__init__(self)
-        self.weights_sha256 = features.sha256(weights)
+        self.weights_sha256 = sha256(weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
@@ -203,7 +202,7 @@ def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(extractors, "Inception", SmallInception)
     monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
-    monkeypatch.setattr(extractors, "find_inception_weights", lambda config: workspace / "mine.pth")
+    monkeypatch.setattr(extractors, "at_hand", lambda config: workspace / "mine.pth")
     return workspace / "mine.pth"
 
 

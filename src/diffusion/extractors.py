@@ -4,17 +4,10 @@ from pathlib import Path
 
 import click
 
-from diffusion import paths
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
-from diffusion.features import (
-    INCEPTION_FILE,
-    EfficientNetLite0,
-    Extractor,
-    Inception,
-    WeightsUnavailableError,
-    find_inception_weights,
-)
+from diffusion.features import EfficientNetLite0, Extractor, Inception
+from diffusion.weights import at_hand, put
 
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
 OTHERWISE = "or set evaluate.measures without frechet (KID, kid, is unbiased for few), or evaluate.inception: off"
@@ -77,30 +70,24 @@ def for_samples(config: EvaluateConfig, count: int, folder: Path) -> list[Extrac
 
 
 def inception_weights(config: EvaluateConfig) -> Path | None:
-    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none.
+    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none. The weights stage fetches.
 
     Raises:
-        UserError: they are required and cannot be had.
+        UserError: they are required and not there.
     """
     if config.inception == "off":
         return None
-    try:
-        return find_inception_weights(config)
-    except WeightsUnavailableError as error:
-        place = f"put {INCEPTION_FILE} into {paths.WEIGHTS}"
-        if config.inception == "require":
-            raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {place}") from None
-        skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place}, {AGAIN}, then `dvc repro`"
-        click.secho(skipped, fg="yellow", bold=True, err=True)
-        return None
+    found = at_hand(config)
+    if found is None and config.inception == "require":
+        raise UserError(f"evaluate.inception is require and the weights are not at hand: {put()}")
+    if found is None:
+        click.secho(f"FID IS SKIPPED: no Inception weights; {put()}", fg="yellow", bold=True, err=True)
+    return found
 
 
 def _weights_again(config: EvaluateConfig) -> Path:
     """The weights that the reference was made with."""
-    try:
-        return find_inception_weights(config)
-    except WeightsUnavailableError as error:
-        raise UserError(
-            f"the reference's Inception weights are gone ({error}): put {INCEPTION_FILE} into "
-            f"{paths.WEIGHTS}, or set evaluate.inception: off"
-        ) from None
+    found = at_hand(config)
+    if found is None:
+        raise UserError(f"the reference's Inception weights are gone: {put()}, or set evaluate.inception: off")
+    return found

@@ -12,13 +12,14 @@ import numpy as np
 from diffusion.config import EvaluateConfig, Measure
 from diffusion.errors import UserError
 from diffusion.extraction import features_of
-from diffusion.features import EfficientNetLite0, Extractor, Inception, WeightsUnavailableError, find_inception_weights
+from diffusion.features import EfficientNetLite0, Extractor, Inception
 from diffusion.image_files import open_images
 from diffusion.measures import measured, versions
 from diffusion.metrics import selftest
 from diffusion.metrics.names import shown
 from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
+from diffusion.weights import WeightsUnavailableError, find_inception_weights
 
 
 @click.group()

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from diffusion import paths
-from diffusion.features import INCEPTION_NAMES, INCEPTION_SIZE, Inception, resize_as_tensorflow1, sha256, torch_cache
-from diffusion.features import INCEPTION_SHA256 as PUBLISHED
+from diffusion.features import INCEPTION_SIZE, Inception, resize_as_tensorflow1
 from diffusion.metrics.frechet import frechet_distance
+from diffusion.weights import INCEPTION_NAMES, sha256, torch_cache
+from diffusion.weights import INCEPTION_SHA256 as PUBLISHED
 
 GOLDEN: float | None = None  # fid10k_train of cifar10:test against cifar10:train; not measured yet
 FEATURES = 1e-4  # most that a feature may differ from torch-fidelity's
