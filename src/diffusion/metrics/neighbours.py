@@ -30,15 +30,16 @@ class Copies:
 def kid(samples: Tensor, reference: Tensor, *, seed: int = 0) -> dict[str, Any]:
     """Kernel distance of features float32 (N, d) and (M, d): {"mean", "std"} over random subsets, "subset_size".
 
-    The unbiased squared MMD with the kernel (x.y / d + 1)^3.
+    The unbiased squared MMD with the kernel (x.y / d + 1)^3. A subset is at most half of the smaller set: of subsets
+    that are the whole set `std` would be rounding.
 
     Raises:
-        UserError: fewer than two rows, or widths that differ.
+        UserError: fewer than four rows, or widths that differ.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    _check(samples, reference, 2)
-    size = min(KID_SUBSET_SIZE, len(samples), len(reference))
+    _check(samples, reference, 4)
+    size = min(KID_SUBSET_SIZE, min(len(samples), len(reference)) // 2)
     found = kid_features_to_metric(
         samples, reference, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False
     )
