@@ -13,7 +13,7 @@ from conftest import REPO
 from PIL import Image
 from test_evaluation import pictures
 
-from diffusion import features, images
+from diffusion import features, image_files, images
 from diffusion.metrics import frechet_distance, selftest
 from diffusion.metrics.__main__ import main
 
@@ -56,12 +56,31 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
     assert "fd_" not in lines
 
 
+def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's train.npz, and a folder without a name."""
+    weights = selftest.random_weights(place / "weights.pth")
+    np.savez("train.npz", images=pictures(4))
+    options = ["--weights", str(weights), "--measure", "kid", "--count", "4"]
+    assert "kid4_real " in compare("made.npz", "train.npz", *options).stdout
+    monkeypatch.chdir(place / "made/deeper")
+    found = compare("../../made.npz", ".", *options).stdout
+    assert "kid4_real " in found
+    assert "against 4 images of .; " in found
+    assert f"numpy {np.__version__}" in found
+    monkeypatch.setitem(image_files.NAMED, "cifar10:train", place / "train.npz")
+    assert "kid4_train " in compare("../../made.npz", "cifar10:train", *options).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["none.npz", "real.npz"], "none.npz is missing: give cifar10:train, cifar10:test"),
         (["cifar10:test", "real.npz"], "run `dvc repro download`"),
         (["small.npz", "real.npz"], "bring them to one size"),
+        (["grey.npz", "real.npz"], "bring them to one number of channels"),
+        (["none-high.npz", "none-high.npz"], "none-high.npz holds uint8 (5, 0, 32, 3), not two or more uint8 images"),
+        (["made.npz", "cifar10:test", "--measure", "copies"], "copies are looked for among training images"),
+        (["made.npz", "real.npz", "--measure", "kid", "--count", "3"], "at least 4 samples and 4 real images"),
         (["float.npz", "real.npz"], "from 0 to 1, not uint8 images"),
         (["nan.npz", "real.npz"], "NaN"),
         (["mixed", "real.npz"], "bring all to one size"),
@@ -70,6 +89,7 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
         (["float", "real.npz"], "a.tiff has pixels of mode F, not 8 bits a channel"),
         (["deep", "real.npz"], "a.png has pixels of mode I;16, not 8 bits a channel"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "cut.pth"], "cut.pth does not hold"),
+        (["made.npz", "real.npz", "--extractor", "inception", "--weights", "empty"], "--weights empty: no such file"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "no.pth"], "no such file"),
         (["made.npz", "made.npz", "--measure", "infinity"], "at least 6400 samples"),
     ],
@@ -77,6 +97,8 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
 )
 def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) -> None:
     np.savez("small.npz", images=pictures(12)[:, ::2, ::2])
+    np.savez("grey.npz", images=pictures(12)[..., :1])
+    np.savez("none-high.npz", images=np.empty((5, 0, 32, 3), np.uint8))
     np.savez("float.npz", images=np.linspace(0, 1, 12 * 8 * 8 * 3).reshape(12, 8, 8, 3))
     np.savez("nan.npz", images=np.full((12, 8, 8, 3), np.nan))
     for name in ("mixed", "broken", "empty"):
@@ -94,6 +116,7 @@ def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) ->
     problems = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert len(problems) == 1
     assert words in problems[0]
+    assert not any(key in problems[0] for key in ("evaluate.", "sample."))
 
 
 def test_fid_of_few_images_proposes_kid(place: Path) -> None:

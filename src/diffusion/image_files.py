@@ -1,4 +1,4 @@
-"""Sets of uint8 images in files: the sample stage's npz, any npz or npy, a folder of pictures, CIFAR-10."""
+"""Sets of uint8 images in files: the sample stage's npz, any npz, a folder of pictures, CIFAR-10."""
 
 import os
 import struct
@@ -59,7 +59,8 @@ def checked(images: np.ndarray, where: object) -> np.ndarray:
         low, high = float(images.min()), float(images.max())
         seen = "with NaN or infinity" if not np.isfinite(low + high) else f"from {low:g} to {high:g}"
         raise UserError(f"{where} holds {images.dtype} {seen}, not uint8 images: scale to 0..255, round, save as uint8")
-    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4 or len(images) < 2:
+    fits = images.dtype == np.uint8 and images.ndim == 4 and all(images.shape)
+    if not fits or images.shape[3] > 4 or len(images) < 2:
         raise UserError(f"{where} holds {images.dtype} {images.shape}, not two or more uint8 images (N, H, W, C)")
     return images
 

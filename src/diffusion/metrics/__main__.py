@@ -13,13 +13,15 @@ from diffusion.config import EvaluateConfig, Measure
 from diffusion.errors import UserError
 from diffusion.extraction import features_of
 from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.image_files import open_images
+from diffusion.image_files import NAMED, open_images
 from diffusion.measures import measured, versions
 from diffusion.metrics import selftest
 from diffusion.metrics.names import shown
 from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.weights import WeightsUnavailableError, find_inception_weights
+
+STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is taken for one of those
 
 
 @click.group()
@@ -57,8 +59,9 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     for entry in found:
         for name, value in entry["numbers"].items():
             click.echo(f"{name} {shown(value)}")
-    of = found[0]["reference"]["extractor"] if found else {}
-    click.echo("; ".join(f"{key} {value}" for key, value in of.items()))
+    key = found[0]["reference"]
+    parts = {**key["extractor"], **found[0]["versions"]}
+    click.echo("; ".join([f"against {key['images']} images of {b}", *(f"{k} {v}" for k, v in parts.items())]))
 
 
 @main.command("selftest")
@@ -89,9 +92,14 @@ def compared(
     Raises:
         UserError: images or weights cannot be used, or there are too few images.
     """
+    if "copies" in measures and b == "cifar10:test":
+        raise UserError(f"copies are looked for among training images, and {b} are none: give the training images as B")
     sets = [open_images(name)[:count] for name in (a, b)]
     if (shapes := [images.shape[1:] for images in sets])[0] != shapes[1]:
-        raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one size first")
+        what = "number of channels" if shapes[0][:2] == shapes[1][:2] else "size"
+        raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one {what} first")
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file")
     config = _config(weights, measures, batch_size, precision, most=len(sets[1]))
     network = _extractor(extractor, config)
     if isinstance(network, Inception) and "frechet" in measures and (few := min(map(len, sets))) < network.dim:
@@ -99,7 +107,7 @@ def compared(
             f"FID needs at least {network.dim} images a side and there are {few}: give --measure kid, which few images "
             "do not bias, or more images"
         )
-    where, split = resolve_device(device), b.rpartition(":")[2] if b.startswith("cifar10:") else Path(b).stem
+    where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
     reference = make_reference(sets[1], split, network, batch_size, where, keep=_kept(measures, sets[1]))
     found = features_of(sets[0], network, batch_size, where, a, keep=_kept(measures, sets[0]))
     for one in measured(config, network.metric, found, reference):

@@ -97,8 +97,8 @@ def frechet_at_infinity(
     count, dim = features.shape
     if count < INFINITY_ROWS * dim:
         raise UserError(
-            f"the distance at infinity needs at least {INFINITY_ROWS * dim} samples and there are {count}: raise "
-            "sample.num_images (and evaluate.kept_features), or take infinity out of evaluate.measures"
+            f"the distance at infinity needs the features of at least {INFINITY_ROWS * dim} samples and has {count}: "
+            "give more, keep more, or leave infinity out"
         )
     rng, rows = np.random.default_rng(seed), features.astype(np.float64)
     sizes = np.linspace(count // 2, count, points).astype(int)
