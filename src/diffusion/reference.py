@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,18 @@ class Reference:
     features: Tensor | None = None  # float32 (n, d); None = not kept, or not read
 
     def save(self, path: Path) -> None:
-        """Write an npz file."""
+        """Write an npz file: whole, or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         features = np.empty((0, len(self.mean)), np.float32) if self.features is None else self.features.numpy()
-        np.savez(path, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True), features=features)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                key = json.dumps(self.key, sort_keys=True)
+                np.savez(file, mean=self.mean, cov=self.cov, key=key, features=features)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: Path, extractor: Mapping[str, str], **expected: object) -> "Reference":
