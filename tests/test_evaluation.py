@@ -18,6 +18,7 @@ from diffusion.reference import Reference, make_reference, write_references
 from diffusion.weights import sha256
 
 CPU = torch.device("cpu")
+REQUIRED = {"evaluate.inception": "require", "sample.num_images": 5000}  # enough for the rules of params.yaml
 
 
 class Colours(torch.nn.Module):
@@ -229,7 +230,7 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
 
 
 def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path) -> None:
-    params = tiny(**{"evaluate.inception": "require", "evaluate.inception_images": 20})
+    params = tiny(**{**REQUIRED, "evaluate.inception_images": 20})
     write_references(params)
     off = with_inception(params, "off")
     assert "fid20_train" not in evaluate(off, paths.SAMPLES_NPZ, {})
@@ -241,7 +242,7 @@ def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path
 
 
 def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) -> None:
-    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    few = {**REQUIRED, "evaluate.inception_images": 11}
     with pytest.raises(UserError, match=r"evaluate\.inception_images = 11"):  # before any training
         write_references(tiny(**few))
     params = tiny(**few | {"evaluate.inception_images": 20})
@@ -253,7 +254,7 @@ def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) 
 
 def test_few_samples_are_offered_kid(tiny, with_weights: Path) -> None:
     """FID of them is an error that says so, and what it proposes works."""
-    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    few = {**REQUIRED, "evaluate.inception_images": 11}
     with pytest.raises(UserError, match=r"evaluate\.measures without frechet \(KID, kid"):
         write_references(tiny(**few))
     params = tiny(**few, **{"evaluate.measures": ["kid"]})
@@ -267,7 +268,7 @@ def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
     """25 samples in three blocks of 8: one is in none of them; FID judges 3 x 20, or what there is."""
     params = tiny(
         **{
-            "evaluate.inception": "require",
+            **REQUIRED,
             "evaluate.inception_images": 20,
             "evaluate.repeats": 2,
             "evaluate.measures": ["frechet"],

@@ -11,9 +11,10 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from diffusion.errors import UserError
 from diffusion.metrics import frechet_distance
-from diffusion.metrics.frechet import INFINITY_ROWS, frechet_at_infinity
+from diffusion.metrics.frechet import frechet_at_infinity
 from diffusion.metrics.names import metric_name, short, shown
 from diffusion.metrics.neighbours import COPY_QUANTILE, KID_SUBSETS, copies, kid, nearest, precision_recall
+from diffusion.rules import INFINITY_ROWS
 
 
 def rows(count: int, dim: int = 8, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

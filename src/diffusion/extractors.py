@@ -7,6 +7,7 @@ import click
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0, Extractor, Inception
+from diffusion.rules import INFINITY_ROWS
 from diffusion.weights import at_hand, put
 
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
@@ -42,6 +43,12 @@ def for_reference(config: EvaluateConfig, weights: Path | None, available: int, 
         count = reference_images(config, extractor)
         if count > available:
             raise UserError(f"{count} reference images are asked for and {config.reference_split} has {available}")
+        kept = min(config.kept_features, config.repeats * count)
+        if isinstance(extractor, Inception) and "infinity" in config.measures and kept < INFINITY_ROWS * extractor.dim:
+            raise UserError(
+                f"evaluate.measures has infinity, which needs {INFINITY_ROWS * extractor.dim} samples for fid and gets "
+                f"{kept}: raise evaluate.inception_images and evaluate.kept_features, or take it out"
+            )
         if isinstance(extractor, Inception) and "frechet" in config.measures and count < extractor.dim:
             raise UserError(
                 f"evaluate.inception_images = {count}: FID needs at least {extractor.dim} images a side: raise it, "
@@ -57,7 +64,7 @@ def for_samples(config: EvaluateConfig, count: int, folder: Path) -> list[Extrac
         UserError: fewer samples than FID needs, or the weights that the reference was made with are gone.
     """
     extractors: list[Extractor] = [EfficientNetLite0(precision=config.precision)]
-    if config.inception == "require" or (config.inception == "auto" and (folder / "fid.npz").exists()):
+    if config.inception == "require" or (config.inception != "off" and (folder / "fid.npz").exists()):
         each = min(count, config.repeats * config.inception_images) // config.repeats
         if "frechet" in config.measures and each < Inception.dim:
             parts = f" in each of evaluate.repeats = {config.repeats} blocks" if config.repeats > 1 else ""

@@ -4,8 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from diffusion.errors import UserError
-
-INFINITY_ROWS = 5  # a feature, at least
+from diffusion.rules import INFINITY_ROWS
 
 
 class Moments:
