@@ -2,22 +2,25 @@
 
 import dataclasses
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import test_fetch
 import torch
 from conftest import REPO
+from test_fetch import CONTENT, SHA256, Server, cut_after, fine, status
 
 from diffusion import paths, weights
 from diffusion.errors import UserError
 from diffusion.weights import WeightsUnavailableError, find_inception_weights, write_card
+
+serve = test_fetch.serve
 
 
 @pytest.fixture
@@ -25,58 +28,65 @@ def config(tiny):
     return tiny().evaluate
 
 
-@pytest.fixture
-def server(tmp_path: Path):
-    """A local HTTP server of the folder `www`."""
-    (tmp_path / "www").mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path / "www"))  # type: ignore[arg-type]
-
-        def log_message(self, *_: object) -> None:
-            """Keep the test output clean."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path / "www"
-        httpd.shutdown()
-
-
 @pytest.fixture(autouse=True)
 def _no_torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
-def test_weights_are_fetched_checked_and_kept(config, server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, www = server
-    (www / "w.pth").write_bytes(b"the real thing")
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(www / "w.pth")[:8])
-    found = find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
-    assert found.read_bytes() == b"the real thing"
-    (www / "w.pth").unlink()
-    assert find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth") == found
+def fetched_from(monkeypatch: pytest.MonkeyPatch, *urls: str) -> None:
+    monkeypatch.setattr(weights, "INCEPTION_URLS", {f"mirror {i}": url for i, url in enumerate(urls, 1)})
 
 
-def test_a_download_with_another_digest_is_not_kept(config, server, tmp_path: Path) -> None:
-    url, www = server
-    (www / "w.pth").write_bytes(b"something else")
-    with pytest.raises(WeightsUnavailableError, match="sha256"):
-        find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
-    assert not list((tmp_path / "kept").glob("*.pth"))
+def test_weights_are_fetched_checked_and_kept(
+    config, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(fine)
+    fetched_from(monkeypatch, server.url)
+    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
+    found = find_inception_weights(config, tmp_path / "kept")
+    assert found.read_bytes() == CONTENT
+    assert find_inception_weights(config, tmp_path / "kept") == found
+    assert server.ranges == [None]
 
 
-def test_no_network_is_a_reason(config, tmp_path: Path) -> None:
-    with pytest.raises(WeightsUnavailableError) as caught:
-        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
-    assert "\n" not in str(caught.value)
+def test_what_was_interrupted_is_continued_from_the_other_address(
+    config, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = serve(cut_after(1000)), serve(fine)
+    fetched_from(monkeypatch, first.url, second.url)
+    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
+    assert find_inception_weights(config, tmp_path / "kept").read_bytes() == CONTENT
+    assert second.ranges == ["bytes=4000-"]
+
+
+def test_local_asks_no_network(
+    config, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(fine)
+    fetched_from(monkeypatch, server.url)
+    local = dataclasses.replace(config, inception="local")
+    with pytest.raises(WeightsUnavailableError, match="local"):
+        find_inception_weights(local, tmp_path)
+    assert server.ranges == []
+    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
+    (tmp_path / weights.INCEPTION_FILE).write_bytes(CONTENT)
+    assert find_inception_weights(local, tmp_path) == tmp_path / weights.INCEPTION_FILE
+
+
+def test_a_download_with_another_digest_is_not_kept(
+    config, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched_from(monkeypatch, serve(fine).url, serve(status(404)).url)
+    with pytest.raises(WeightsUnavailableError, match=f"mirror 1: wrong file: sha256 {SHA256}.*; mirror 2: HTTP 404"):
+        find_inception_weights(config, tmp_path / "kept")
+    assert not list((tmp_path / "kept").glob("*.pth*"))
 
 
 @pytest.mark.parametrize("name", weights.INCEPTION_NAMES)
 def test_a_damaged_file_in_the_weights_folder_is_not_passed_over(config, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"half a file")
     with pytest.raises(UserError, match=r"6726825d.*evaluate\.inception_weights"):
-        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
+        find_inception_weights(config, tmp_path)
     assert (tmp_path / name).read_bytes() == b"half a file"
 
 
@@ -86,8 +96,8 @@ def test_torchs_cache_and_fidelitys_name_are_looked_into(
     cached = tmp_path / "torch/hub/checkpoints" / weights.INCEPTION_NAMES[1]
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"weights")
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(cached)[:8])
-    assert find_inception_weights(config, tmp_path / "none", "http://127.0.0.1:9/") == cached
+    monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(cached))
+    assert find_inception_weights(config, tmp_path / "none") == cached
 
 
 def test_a_named_file_has_to_be_there(config, tmp_path: Path) -> None:
@@ -114,7 +124,7 @@ def card() -> dict[str, str | None]:
 @pytest.fixture
 def unreachable(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(weights, "INCEPTION_URL", "http://127.0.0.1:9/w.pth")
+    fetched_from(monkeypatch, "http://127.0.0.1:9/w.pth")
 
 
 def test_the_card_follows_the_weights_wherever_they_are(
@@ -149,12 +159,12 @@ def test_the_card_names_the_versions_and_nothing_that_changes_by_itself(tiny, wo
 def test_absent_is_an_error_only_if_they_are_required(
     tiny, unreachable: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=r"evaluate\.inception is require and the weights are missing \(Connection"):
+    with pytest.raises(UserError, match=r"evaluate\.inception is require and the weights are missing \(mirror 1: Conn"):
         write_card(tiny(**{"evaluate.inception": "require", "evaluate.measures": ["kid"]}))
     assert not paths.WEIGHTS_CARD.exists()
     write_card(tiny(**{"evaluate.inception": "auto"}))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("no Inception weights: not at hand, and not to be fetched (Connection refused)")
+    assert line.startswith("no Inception weights: not at hand, and not to be fetched (mirror 1: Connection refused)")
 
 
 def test_asking_imports_no_torch(workspace: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.errors import UserError
+from diffusion.rules import DIMS
 from diffusion.weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 
 INCEPTION_SIZE = 299
@@ -29,7 +30,7 @@ class EfficientNetLite0(nn.Module):
     """1,280 features: the last convolution's channel means at 128x128 pixels; ImageNet weights."""
 
     metric = "fd_lite0"
-    dim = 1280
+    dim = DIMS["fd_lite0"]
     size = 128
 
     def __init__(self, weights: Path | None = None, precision: str = "fp32") -> None:
@@ -80,7 +81,7 @@ class Inception(nn.Module):
     """
 
     metric = "fid"
-    dim = 2048
+    dim = DIMS["fid"]
     precision = "fp32"
 
     def __init__(self, weights: Path, precision: str = "fp32") -> None:
@@ -115,7 +116,7 @@ class Inception(nn.Module):
     @property
     def published(self) -> bool:
         """Whether these are the 2015-12-05 weights, without which a distance is not comparable with any paper's."""
-        return self.weights_sha256.startswith(INCEPTION_SHA256)
+        return self.weights_sha256 == INCEPTION_SHA256
 
     def describe(self) -> dict[str, str]:
         """What a number depends on besides the images."""

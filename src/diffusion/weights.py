@@ -16,8 +16,11 @@ from diffusion.errors import UserError
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_NAMES = (INCEPTION_FILE, "weights-inception-2015-12-05-6726825d.pth")  # pytorch-fid's, torch-fidelity's
-INCEPTION_SHA256 = "6726825d"  # its first digits, which the published names carry (torch.hub's convention)
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # both names have these bytes
+INCEPTION_URLS = {
+    "pytorch-fid": f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_NAMES[0]}",
+    "torch-fidelity": f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_NAMES[1]}",
+}
 EXTRACTORS = ("torch-fidelity", "efficientnet-lite-pytorch")  # packages with the networks
 
 
@@ -40,37 +43,40 @@ def at_hand(config: EvaluateConfig, folder: Path | None = None) -> Path | None:
         return named
     folder = folder or paths.WEIGHTS
     for path in (place / name for place in (folder, torch_cache()) for name in INCEPTION_NAMES):
-        if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
+        if path.is_file() and sha256(path) == INCEPTION_SHA256:
             return path
         if path.is_file() and path.parent == folder:  # put there by the user; the cache is not ours to judge
             raise UserError(
-                f"{path} is damaged or another file (its sha256 does not begin with {INCEPTION_SHA256}): replace or "
+                f"{path} is damaged or another file (its sha256 is not {INCEPTION_SHA256}): replace or "
                 "remove it; other weights are named in evaluate.inception_weights"
             )
     return None
 
 
-def find_inception_weights(config: EvaluateConfig, folder: Path | None = None, url: str | None = None) -> Path:
-    """The weights `at_hand`, else from `url` (INCEPTION_URL if not given), kept in `folder`.
+def find_inception_weights(config: EvaluateConfig, folder: Path | None = None) -> Path:
+    """The weights `at_hand`, else from the first of INCEPTION_URLS that works, kept in `folder`.
+
+    A download that was interrupted is continued, also from the other address.
 
     Raises:
         UserError: as `at_hand`.
-        WeightsUnavailableError: none at hand, and the download failed.
+        WeightsUnavailableError: none at hand, and no download, because it failed or with `evaluate.inception: local`.
     """
     folder = folder or paths.WEIGHTS
     found = at_hand(config, folder)
     if found:
         return found
+    if config.inception == "local":
+        raise WeightsUnavailableError("evaluate.inception is local")
     from diffusion import fetch  # here: with weights at hand no requests are needed
 
-    try:
-        path = fetch.download(url or INCEPTION_URL, folder / INCEPTION_FILE)
-    except fetch.FetchError as error:
-        raise WeightsUnavailableError(str(error)) from None
-    if not sha256(path).startswith(INCEPTION_SHA256):
-        path.unlink()
-        raise WeightsUnavailableError("the downloaded file has another sha256 than the published one")
-    return path
+    reasons = []
+    for name, url in INCEPTION_URLS.items():
+        try:
+            return fetch.download(url, folder / INCEPTION_FILE, sha256=INCEPTION_SHA256)
+        except fetch.FetchError as error:
+            reasons.append(f"{name}: {error}")
+    raise WeightsUnavailableError("; ".join(reasons))
 
 
 def write_card(params: Params) -> None:
