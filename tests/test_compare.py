@@ -54,6 +54,7 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
     assert "kd_lite0_10 " in lines
     assert "copies_lite0_10 " in lines
     assert "fd_" not in lines
+    assert "kd_lite0_7 " in compare("made.npz", "real.npz", *options[:2], "--measure", "kid", "--keep", "7").stdout
 
 
 def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

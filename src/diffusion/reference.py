@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.data import UNREADABLE, read_npz, real_images, releases
+from diffusion.data import UNREADABLE, read_npz, real_images
 from diffusion.distributed import ALONE, World, joined
 from diffusion.errors import UserError
-from diffusion.extraction import features_of
+from diffusion.extraction import Images, features_of, released
 from diffusion.extractors import AGAIN, for_reference, inception_weights, kept_images, reference_images
 from diffusion.features import Extractor
 from diffusion.runtime import keep_freed_memory
@@ -71,7 +71,7 @@ class Reference:
 
 
 def make_reference(
-    images: np.ndarray,
+    images: Images,
     split: str,
     extractor: Extractor,
     batch_size: int,
@@ -96,9 +96,9 @@ def make_reference(
     return Reference(found.moments.mean, found.moments.cov, key, found.kept)
 
 
-def pixels_sha256(images: np.ndarray) -> str:
+def pixels_sha256(images: Images) -> str:
     """Hex digest of the pixels of (N, H, W, C) images, read in parts."""
-    sha, release = hashlib.sha256(), releases(images)
+    sha, release = hashlib.sha256(), released(images)
     for start in range(0, len(images), CHUNK):
         sha.update(np.ascontiguousarray(images[start : start + CHUNK]).data)
         if release:

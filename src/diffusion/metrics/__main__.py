@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import numpy as np
 
 from diffusion.config import EvaluateConfig, Measure
 from diffusion.errors import UserError
@@ -36,6 +35,7 @@ def main() -> None:
 @click.option("--weights", default=None, help="Inception's weights; looked for and fetched if not given.")
 @click.option("--measure", "measures", type=click.Choice(get_args(Measure)), multiple=True, default=["frechet"])
 @click.option("--count", type=click.IntRange(2), default=None, help="Only the first COUNT images of each.")
+@click.option("--keep", type=click.IntRange(2), default=10_000, show_default=True, help="Most features kept; below.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
@@ -44,7 +44,8 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     """Compare images A (generated) with B (real).
 
     Each is an npz file with `images`, uint8 (N, H, W, C), a folder of pictures of one size, cifar10:train or
-    cifar10:test. --measure may be given several times. FID and KID are --extractor inception's names alone.
+    cifar10:test. --measure may be given several times; all but frechet are of the first --keep images of each, whose
+    features stay in memory. FID and KID are --extractor inception's names alone.
     """
     keep_freed_memory()
     try:
@@ -83,6 +84,7 @@ def compared(
     weights: str | None,
     measures: tuple[Measure, ...],
     count: int | None,
+    keep: int,
     batch_size: int,
     precision: str,
     device: str,
@@ -94,7 +96,7 @@ def compared(
     """
     if "copies" in measures and b == "cifar10:test":
         raise UserError(f"copies are looked for among training images, and {b} are none: give the training images as B")
-    sets = [open_images(name)[:count] for name in (a, b)]
+    sets = [open_images(name, count) for name in (a, b)]
     if (shapes := [images.shape[1:] for images in sets])[0] != shapes[1]:
         what = "number of channels" if shapes[0][:2] == shapes[1][:2] else "size"
         raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one {what} first")
@@ -107,16 +109,13 @@ def compared(
             f"FID needs at least {network.dim} images a side and there are {few}: give --measure kid, which few images "
             "do not bias, or more images"
         )
+    kept = keep if set(measures) - {"frechet"} else 0
     where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
-    reference = make_reference(sets[1], split, network, batch_size, where, keep=_kept(measures, sets[1]))
-    found = features_of(sets[0], network, batch_size, where, a, keep=_kept(measures, sets[0]))
+    reference = make_reference(sets[1], split, network, batch_size, where, keep=kept)
+    found = features_of(sets[0], network, batch_size, where, a, keep=kept)
     for one in measured(config, network.metric, found, reference):
         about = {"measure": one.measure, "numbers": one.numbers, "samples": one.samples, "of": a, "against": b}
         yield {**about, **one.details, "reference": reference.key, "versions": versions()}
-
-
-def _kept(measures: tuple[Measure, ...], images: np.ndarray) -> int:
-    return len(images) if set(measures) - {"frechet"} else 0
 
 
 def _config(

@@ -94,6 +94,7 @@ def golden() -> Iterator[Check]:
         weights=str(at_hand),
         measures=("frechet",),
         count=None,
+        keep=2,
         batch_size=64,
         precision="fp32",
         device="auto",
