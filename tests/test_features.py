@@ -10,8 +10,9 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from diffusion import features
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0, Inception, resize_as_tensorflow1
+from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
 from diffusion.metrics.selftest import pictures as images
-from diffusion.metrics.selftest import random_weights
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,31 @@ def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
     metrics = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
     torch.testing.assert_close(found, metrics(batch), rtol=1e-4, atol=1e-4)
     assert ours.describe()["extractor"] == "inception with other weights"
+
+
+@pytest.mark.slow
+def test_fid_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
+    """32 pictures against themselves with noise, from the pixels on: resize, features and distance."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    ours, theirs = (
+        Inception(weights),
+        fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)),
+    )
+    metric = FrechetInceptionDistance(antialias=False, feature_extractor_weights_path=str(weights))
+    moments, rows = [], []
+    for real, batch in ((True, images(32)), (False, noisy(images(32)))):
+        found = ours(batch)
+        with torch.no_grad():
+            rows.append(theirs(batch)[0])
+        torch.testing.assert_close(found, rows[-1], rtol=1e-4, atol=1e-4)
+        moments.append(Moments(2048))
+        moments[-1].update(found)
+        metric.update(batch, real=real)
+    distance = frechet_distance(moments[0].mean, moments[0].cov, moments[1].mean, moments[1].cov)
+    assert distance > 0.01
+    assert distance == pytest.approx(torch_fidelitys_fid(*rows), rel=1e-3)
+    assert distance == pytest.approx(float(metric.compute()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 40), (299, 299), (512, 300)])
