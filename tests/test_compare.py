@@ -10,11 +10,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import REPO
+from PIL import Image
 from test_evaluation import pictures
 
-from diffusion import features, images
+from diffusion import features, image_files, images, paths
 from diffusion.metrics import frechet_distance, selftest
 from diffusion.metrics.__main__ import main
+from diffusion.weights import sha256
 
 
 @pytest.fixture
@@ -53,6 +55,22 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
     assert "kd_lite0_10 " in lines
     assert "copies_lite0_10 " in lines
     assert "fd_" not in lines
+    assert "kd_lite0_7 " in compare("made.npz", "real.npz", *options[:2], "--measure", "kid", "--keep", "7").stdout
+
+
+def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's train.npz, and a folder without a name."""
+    weights = selftest.random_weights(place / "weights.pth")
+    np.savez("train.npz", images=pictures(4))
+    options = ["--weights", str(weights), "--measure", "kid", "--count", "4"]
+    assert "kid4_real " in compare("made.npz", "train.npz", *options).stdout
+    monkeypatch.chdir(place / "made/deeper")
+    found = compare("../../made.npz", ".", *options).stdout
+    assert "kid4_real " in found
+    assert "against 4 images of .; " in found
+    assert f"numpy {np.__version__}" in found
+    monkeypatch.setitem(image_files.NAMED, "cifar10:train", place / "train.npz")
+    assert "kid4_train " in compare("../../made.npz", "cifar10:train", *options).stdout
 
 
 @pytest.mark.parametrize(
@@ -61,19 +79,28 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
         (["none.npz", "real.npz"], "none.npz is missing: give cifar10:train, cifar10:test"),
         (["cifar10:test", "real.npz"], "run `dvc repro download`"),
         (["small.npz", "real.npz"], "bring them to one size"),
+        (["grey.npz", "real.npz"], "bring them to one number of channels"),
+        (["none-high.npz", "none-high.npz"], "none-high.npz holds uint8 (5, 0, 32, 3), not two or more uint8 images"),
+        (["made.npz", "cifar10:test", "--measure", "copies"], "copies are looked for among training images"),
+        (["made.npz", "real.npz", "--measure", "kid", "--count", "3"], "at least 4 samples and 4 real images"),
         (["float.npz", "real.npz"], "from 0 to 1, not uint8 images"),
         (["nan.npz", "real.npz"], "NaN"),
         (["mixed", "real.npz"], "bring all to one size"),
         (["empty", "real.npz"], "no pictures"),
         (["broken", "real.npz"], "damaged"),
+        (["float", "real.npz"], "a.tiff has pixels of mode F, not 8 bits a channel"),
+        (["deep", "real.npz"], "a.png has pixels of mode I;16, not 8 bits a channel"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "cut.pth"], "cut.pth does not hold"),
+        (["made.npz", "real.npz", "--extractor", "inception", "--weights", "empty"], "--weights empty: no such file"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "no.pth"], "no such file"),
-        (["made.npz", "made.npz", "--measure", "infinity"], "at least 2560 samples"),
+        (["made.npz", "made.npz", "--measure", "infinity"], "at least 6400 samples"),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) -> None:
     np.savez("small.npz", images=pictures(12)[:, ::2, ::2])
+    np.savez("grey.npz", images=pictures(12)[..., :1])
+    np.savez("none-high.npz", images=np.empty((5, 0, 32, 3), np.uint8))
     np.savez("float.npz", images=np.linspace(0, 1, 12 * 8 * 8 * 3).reshape(12, 8, 8, 3))
     np.savez("nan.npz", images=np.full((12, 8, 8, 3), np.nan))
     for name in ("mixed", "broken", "empty"):
@@ -81,6 +108,9 @@ def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) ->
     images.save_png(pictures(1)[0], place / "mixed/a.png")
     images.save_png(pictures(1)[0, ::2], place / "mixed/b.png")
     (place / "broken/a.png").write_bytes(b"\x89PNG")
+    for name, kind in (("float/a.tiff", np.float32), ("deep/a.png", np.uint16)):
+        (place / name).parent.mkdir()
+        Image.fromarray(np.full((32, 32), 300, kind)).save(place / name)
     (place / "cut.pth").write_bytes(b"PK\x03\x04")
     extractor = [] if "--extractor" in arguments else ["--extractor", "lite0"]
     found = compare(*arguments, *extractor)
@@ -88,6 +118,7 @@ def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) ->
     problems = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert len(problems) == 1
     assert words in problems[0]
+    assert not any(key in problems[0] for key in ("evaluate.", "sample."))
 
 
 def test_fid_of_few_images_proposes_kid(place: Path) -> None:
@@ -101,13 +132,23 @@ def test_fid_of_few_images_proposes_kid(place: Path) -> None:
 
 def test_the_selftest_passes_here_and_sees_a_wrong_network(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list(selftest.checks(2))
-    assert len(lines) == 6
-    assert all(passed for _, passed in lines), lines
+    assert [passed for _, passed in lines] == [True] * 6 + [None], lines  # nobody has measured the golden number
     monkeypatch.setattr(selftest, "resize_as_tensorflow1", lambda x, size: torch.zeros(len(x), 3, size, size))
     monkeypatch.setattr(features.Inception, "forward", lambda self, x: torch.randn(len(x), 2048))
     result = CliRunner().invoke(main, ["selftest", "--images", "2"])
     assert result.exit_code == 1
-    assert result.stdout.count("FAILED") == 3
+    assert result.stdout.count("FAILED") == 4
+    assert result.stdout.splitlines()[-1].startswith("skipped  golden number not compared: nobody has measured it")
+
+
+def test_a_golden_number_without_the_images_is_no_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / selftest.INCEPTION_NAMES[0]).write_bytes(b"weights")
+    monkeypatch.setattr(selftest, "GOLDEN", 3.1)
+    monkeypatch.setattr(selftest, "PUBLISHED", sha256(place / selftest.INCEPTION_NAMES[0]))
+    monkeypatch.setattr(paths, "WEIGHTS", place)
+    ((line, passed),) = selftest.golden()
+    assert passed is None
+    assert "run `dvc repro download`" in line
 
 
 def test_the_distances_import_without_the_heavy_things() -> None:

@@ -65,6 +65,24 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"evaluate.measures": []}, ["evaluate.measures", "frechet"]),
         ({"evaluate.measures": ["fid"]}, ["evaluate.measures", "precision_recall"]),
         ({"evaluate.precision": "auto"}, ["evaluate.precision", "fp32, bf16"]),
+        (
+            {"evaluate.inception": "require", "evaluate.repeats": 2},
+            ["evaluate.inception = require", "2048 samples", "sample.num_images = 2048", "evaluate.repeats = 2", "kid"],
+        ),
+        ({"evaluate.repeats": 300, "sample.num_images": 599}, ["evaluate.repeats = 300", "sample.num_images = 599"]),
+        (
+            {"evaluate.measures": ["infinity"], "sample.num_images": 6399},
+            ["6400 samples for fd_lite0", "6399", "sample.num_images", "evaluate.kept_features"],
+        ),
+        (
+            {"evaluate.measures": ["infinity"], "sample.num_images": 50000, "evaluate.kept_features": 6399},
+            ["6400 samples for fd_lite0", "6399"],
+        ),
+        (
+            {"evaluate.measures": ["infinity"], "sample.num_images": 50000, "evaluate.inception": "require"},
+            ["10240 samples for fid", "2048", "evaluate.inception_images"],
+        ),
+        ({"evaluate.inception": "never"}, ["evaluate.inception", "auto, local, require, off"]),
         ({"evaluate.repeats": 0}, ["evaluate.repeats = 0", "from 1"]),
         ({"tune.space": ["train.lr"]}, ["tune.space", "a mapping"]),
     ],

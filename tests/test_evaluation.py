@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,10 @@ from diffusion.extraction import moments_of
 from diffusion.image_files import load_samples
 from diffusion.metrics import frechet_distance
 from diffusion.reference import Reference, make_reference, write_references
+from diffusion.weights import sha256
 
 CPU = torch.device("cpu")
+REQUIRED = {"evaluate.inception": "require", "sample.num_images": 5000}  # enough for the rules of params.yaml
 
 
 class Colours(torch.nn.Module):
@@ -83,8 +84,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Real images and samples where the stages look for them; no weights, no network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    absent = partial(features.find_inception_weights, folder=tmp_path / "weights", url="http://127.0.0.1:9/")
-    monkeypatch.setattr(extractors, "find_inception_weights", absent)
+    monkeypatch.setattr(paths, "WEIGHTS", tmp_path / "weights")
     paths.IMAGES.mkdir(parents=True)
     paths.SAMPLES.mkdir()
     np.save(paths.TRAIN_IMAGES, pictures(30))
@@ -182,7 +182,7 @@ class SmallInception(features.Inception):
 
     def __init__(self, weights: Path, precision: str = "fp32") -> None:
         torch.nn.Module.__init__(self)
-        self.weights_sha256 = features.sha256(weights)
+        self.weights_sha256 = sha256(weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
@@ -203,7 +203,7 @@ def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(extractors, "Inception", SmallInception)
     monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
-    monkeypatch.setattr(extractors, "find_inception_weights", lambda config: workspace / "mine.pth")
+    monkeypatch.setattr(extractors, "at_hand", lambda config: workspace / "mine.pth")
     return workspace / "mine.pth"
 
 
@@ -230,7 +230,7 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
 
 
 def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path) -> None:
-    params = tiny(**{"evaluate.inception": "require", "evaluate.inception_images": 20})
+    params = tiny(**{**REQUIRED, "evaluate.inception_images": 20})
     write_references(params)
     off = with_inception(params, "off")
     assert "fid20_train" not in evaluate(off, paths.SAMPLES_NPZ, {})
@@ -242,7 +242,7 @@ def test_a_stale_fid_reference_is_neither_used_nor_kept(tiny, with_weights: Path
 
 
 def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) -> None:
-    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    few = {**REQUIRED, "evaluate.inception_images": 11}
     with pytest.raises(UserError, match=r"evaluate\.inception_images = 11"):  # before any training
         write_references(tiny(**few))
     params = tiny(**few | {"evaluate.inception_images": 20})
@@ -254,7 +254,7 @@ def test_fid_of_fewer_images_than_features_is_refused(tiny, with_weights: Path) 
 
 def test_few_samples_are_offered_kid(tiny, with_weights: Path) -> None:
     """FID of them is an error that says so, and what it proposes works."""
-    few = {"evaluate.inception": "require", "evaluate.inception_images": 11}
+    few = {**REQUIRED, "evaluate.inception_images": 11}
     with pytest.raises(UserError, match=r"evaluate\.measures without frechet \(KID, kid"):
         write_references(tiny(**few))
     params = tiny(**few, **{"evaluate.measures": ["kid"]})
@@ -268,7 +268,7 @@ def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
     """25 samples in three blocks of 8: one is in none of them; FID judges 3 x 20, or what there is."""
     params = tiny(
         **{
-            "evaluate.inception": "require",
+            **REQUIRED,
             "evaluate.inception_images": 20,
             "evaluate.repeats": 2,
             "evaluate.measures": ["frechet"],

@@ -1,8 +1,5 @@
 """Extractors against torch-fidelity and torchmetrics, on random weights in the published file's format."""
 
-import dataclasses
-import http.server
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,25 +9,15 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from diffusion import features
 from diffusion.errors import UserError
-from diffusion.features import (
-    EfficientNetLite0,
-    Inception,
-    WeightsUnavailableError,
-    find_inception_weights,
-    resize_as_tensorflow1,
-)
+from diffusion.features import EfficientNetLite0, Inception, resize_as_tensorflow1
+from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
 from diffusion.metrics.selftest import pictures as images
-from diffusion.metrics.selftest import random_weights
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
-
-
-@pytest.fixture
-def config(tiny):
-    return tiny().evaluate
 
 
 def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
@@ -46,6 +33,31 @@ def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
     metrics = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(weights), antialias=False)
     torch.testing.assert_close(found, metrics(batch), rtol=1e-4, atol=1e-4)
     assert ours.describe()["extractor"] == "inception with other weights"
+
+
+@pytest.mark.slow
+def test_fid_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
+    """32 pictures against themselves with noise, from the pixels on: resize, features and distance."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    ours, theirs = (
+        Inception(weights),
+        fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)),
+    )
+    metric = FrechetInceptionDistance(antialias=False, feature_extractor_weights_path=str(weights))
+    moments, rows = [], []
+    for real, batch in ((True, images(32)), (False, noisy(images(32)))):
+        found = ours(batch)
+        with torch.no_grad():
+            rows.append(theirs(batch)[0])
+        torch.testing.assert_close(found, rows[-1], rtol=1e-4, atol=1e-4)
+        moments.append(Moments(2048))
+        moments[-1].update(found)
+        metric.update(batch, real=real)
+    distance = frechet_distance(moments[0].mean, moments[0].cov, moments[1].mean, moments[1].cov)
+    assert distance > 0.01
+    assert distance == pytest.approx(torch_fidelitys_fid(*rows), rel=1e-3)
+    assert distance == pytest.approx(float(metric.compute()), rel=1e-3)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 40), (299, 299), (512, 300)])
@@ -103,79 +115,6 @@ def test_a_missing_tensor_is_one_line(weights: Path, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "partial.pth")
     with pytest.raises(UserError, match=r"running_var"):
         Inception(tmp_path / "partial.pth")
-
-
-@pytest.fixture
-def server(tmp_path: Path):
-    """A local HTTP server of the folder `www`."""
-    (tmp_path / "www").mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path / "www"))  # type: ignore[arg-type]
-
-        def log_message(self, *_: object) -> None:
-            """Keep the test output clean."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}", tmp_path / "www"
-        httpd.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def _no_torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
-def test_weights_are_fetched_checked_and_kept(config, server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, www = server
-    (www / "w.pth").write_bytes(b"the real thing")
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(www / "w.pth")[:8])
-    found = find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
-    assert found.read_bytes() == b"the real thing"
-    (www / "w.pth").unlink()
-    assert find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth") == found
-
-
-def test_a_download_with_another_digest_is_not_kept(config, server, tmp_path: Path) -> None:
-    url, www = server
-    (www / "w.pth").write_bytes(b"something else")
-    with pytest.raises(WeightsUnavailableError, match="sha256"):
-        find_inception_weights(config, tmp_path / "kept", f"{url}/w.pth")
-    assert not list((tmp_path / "kept").glob("*.pth"))
-
-
-def test_no_network_is_a_reason(config, tmp_path: Path) -> None:
-    with pytest.raises(WeightsUnavailableError) as caught:
-        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", features.INCEPTION_NAMES)
-def test_a_damaged_file_in_the_weights_folder_is_not_passed_over(config, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"half a file")
-    with pytest.raises(UserError, match=r"6726825d.*evaluate\.inception_weights"):
-        find_inception_weights(config, tmp_path, "http://127.0.0.1:9/w.pth")
-    assert (tmp_path / name).read_bytes() == b"half a file"
-
-
-def test_torchs_cache_and_fidelitys_name_are_looked_into(
-    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cached = tmp_path / "torch/hub/checkpoints" / features.INCEPTION_NAMES[1]
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(b"weights")
-    monkeypatch.setattr(features, "INCEPTION_SHA256", features.sha256(cached)[:8])
-    assert find_inception_weights(config, tmp_path / "none", "http://127.0.0.1:9/") == cached
-
-
-def test_a_named_file_has_to_be_there(config, tmp_path: Path) -> None:
-    named = dataclasses.replace(config, inception_weights=str(tmp_path / "mine.pth"))
-    with pytest.raises(UserError, match=r"evaluate\.inception_weights"):
-        find_inception_weights(named, tmp_path)
-    (tmp_path / "mine.pth").touch()
-    assert find_inception_weights(named, tmp_path) == tmp_path / "mine.pth"
 
 
 def test_lite0_is_the_package_used_by_hand() -> None:

@@ -1,18 +1,20 @@
 """Names, neighbour measures and the distance at infinity, against other libraries, brute force and closed forms."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_prc import calculate_precision_recall_full
-from torchmetrics.image.kid import poly_mmd
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from diffusion.errors import UserError
 from diffusion.metrics import frechet_distance
 from diffusion.metrics.frechet import frechet_at_infinity
 from diffusion.metrics.names import metric_name, short, shown
-from diffusion.metrics.neighbours import COPY_QUANTILE, copies, kid, nearest, precision_recall
+from diffusion.metrics.neighbours import COPY_QUANTILE, KID_SUBSETS, copies, kid, nearest, precision_recall
+from diffusion.rules import INFINITY_ROWS
 
 
 def rows(count: int, dim: int = 8, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
@@ -55,24 +57,41 @@ def test_blocks_and_bf16_are_in_the_name() -> None:
 
 
 def test_kid_is_torchmetrics_estimate() -> None:
-    """With as many rows as a subset has, every subset is the whole set."""
+    """The mean over all subsets is the value of the whole sets; the deviation is that of other random subsets."""
     a, b = rows(300), rows(300, seed=1, shift=0.3)
     found = kid(a, b)
-    assert found["mean"] == pytest.approx(float(poly_mmd(a.double(), b.double())), rel=1e-4)
-    assert found["std"] < 1e-6
-    assert found["subset_size"] == 300
+    assert found["subset_size"] == 150
+    whole = float(poly_mmd(a.double(), b.double()))
+    assert found["mean"] == pytest.approx(whole, abs=4 * found["std"] / math.sqrt(KID_SUBSETS))
+    theirs = KernelInceptionDistance(torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=150)
+    theirs.fake_features, theirs.real_features = [a], [b]
+    assert found["std"] == pytest.approx(float(theirs.compute()[1]), rel=0.3)
+
+
+@pytest.mark.parametrize("count", [4, 7, 1999])
+def test_kid_never_calls_rounding_a_deviation(count: int) -> None:
+    found = kid(rows(count), rows(3000, seed=1, shift=0.3))
+    assert found["std"] > 0.01 * abs(found["mean"])
 
 
 def test_kid_is_the_definition_and_has_no_bias() -> None:
-    """Unbiased MMD^2 of (x.y / d + 1)^3, by loops; sets of one distribution are at 0 on average, also small ones."""
-    a, b = rows(6).double().numpy(), rows(6, seed=1, shift=0.5).double().numpy()
+    """Unbiased MMD^2 of (x.y / d + 1)^3, by loops over all 36 pairs of subsets of two of four rows.
+
+    Sets of one distribution are at 0 on average, also small ones.
+    """
+    a, b = rows(4).double().numpy(), rows(4, seed=1, shift=0.5).double().numpy()
 
     def k(x: np.ndarray, y: np.ndarray) -> float:
         return float((x @ y / len(x) + 1) ** 3)
 
-    within = sum(k(x, y) for s in (a, b) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) / 30
-    across = sum(k(x, y) for x in a for y in b) / 36
-    assert kid(torch.from_numpy(a), torch.from_numpy(b))["mean"] == pytest.approx(within - 2 * across, rel=1e-9)
+    values = [
+        k(*x) + k(*y) - 2 * np.mean([k(p, q) for p in x for q in y])
+        for x in itertools.combinations(a, 2)
+        for y in itertools.combinations(b, 2)
+    ]
+    found = kid(torch.from_numpy(a), torch.from_numpy(b))
+    assert found["mean"] == pytest.approx(np.mean(values), abs=4 * np.std(values) / math.sqrt(KID_SUBSETS))
+    assert found["std"] == pytest.approx(np.std(values), rel=0.3)
     values = [kid(rows(20, seed=2 * i), rows(20, seed=2 * i + 1))["mean"] for i in range(200)]
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
 
@@ -140,27 +159,22 @@ def test_fresh_samples_are_copies_as_often_as_the_quantile_says() -> None:
 
 
 def test_the_distance_at_infinity_has_less_bias() -> None:
-    """True distance of N(0, I) and N(m, I): |m|^2."""
-    dim, shift = 20, 0.5
-    samples, truth = rows(2000, dim, shift=shift).numpy(), dim * shift**2
-    finite = frechet_distance(samples[:200].mean(0), np.cov(samples[:200], rowvar=False), np.zeros(dim), np.eye(dim))
-    errors = [
-        frechet_at_infinity(rows(1000, dim, seed=s, shift=shift).numpy(), np.zeros(dim), np.eye(dim), seed=s) - truth
-        for s in range(8)
-    ]
-    whole = [
-        frechet_distance(x.mean(0), np.cov(x, rowvar=False), np.zeros(dim), np.eye(dim)) - truth
-        for x in (rows(1000, dim, seed=s, shift=shift).numpy() for s in range(8))
-    ]
-    assert finite - truth > 0.2
-    assert abs(np.mean(errors)) < abs(np.mean(whole))
-    with pytest.raises(UserError, match="at least 40 samples and there are 39"):
-        frechet_at_infinity(samples[:39], np.zeros(dim), np.eye(dim))
+    """True distance of N(0, I) and N(m, I): |m|^2. Of the fewest rows allowed."""
+    dim, shift, errors, whole = 64, 0.5, [], []
+    for seed in range(16):
+        x = rows(INFINITY_ROWS * dim, dim, seed=seed, shift=shift).double().numpy()
+        errors.append(frechet_at_infinity(x, np.zeros(dim), np.eye(dim), seed=seed) - dim * shift**2)
+        finite = frechet_distance(x.mean(0), np.cov(x, rowvar=False), np.zeros(dim), np.eye(dim))
+        whole.append(finite - dim * shift**2)
+    assert np.mean(whole) > 3
+    assert abs(np.mean(errors)) < 0.15 * np.mean(whole)
+    with pytest.raises(UserError, match="at least 320 samples and has 319"):
+        frechet_at_infinity(x[1:], np.zeros(dim), np.eye(dim))
 
 
 @pytest.mark.parametrize("measure", [kid, precision_recall, copies])
 def test_features_that_do_not_fit_are_one_line(measure: object) -> None:
     with pytest.raises(UserError, match="one extractor"):
         measure(rows(10, 3), rows(10, 4))  # type: ignore[operator]
-    with pytest.raises(UserError, match="more images"):
+    with pytest.raises(UserError, match=r"needs at least \d samples and \d real images, and there are 10 and 1: give"):
         measure(rows(10, 3), rows(1, 3))  # type: ignore[operator]

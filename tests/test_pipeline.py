@@ -67,7 +67,7 @@ def sections_read(files: set[Path]) -> set[str]:
 
 
 def test_the_stages_are_the_published_ones() -> None:
-    assert list(STAGES) == ["download", "prepare", "reference", "train", "sample", "evaluate", "report"]
+    assert list(STAGES) == ["download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report"]
     for name, stage in STAGES.items():
         assert stage["cmd"] == f"python -m stages.{name}"
         assert len((REPO / f"stages/{name}.py").read_text().splitlines()) <= 40
@@ -87,6 +87,7 @@ def test_params_are_real(stage: str) -> None:
 READS = {  # what each stage's library function reads, besides through the import closure's generic helpers
     "download": {"cifar10", "cifar10_files"},
     "prepare": {"prepare"},
+    "weights": {"weights"},
     "reference": {"reference"},
     "train": {"fit"},
     "sample": {"draw"},

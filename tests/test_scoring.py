@@ -1,6 +1,7 @@
 """fd_lite0 during training: what it is the distance of, that it can pick the weights, that resuming changes nothing."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from diffusion import scoring, training
 from diffusion.config import TrainedConfig, trained
 from diffusion.data import Dataset
 from diffusion.distributed import World
+from diffusion.errors import UserError
 from diffusion.extraction import moments_of
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.previews import preview_config
+from diffusion.reference import Reference
 from diffusion.sampling import generate
 from diffusion.scoring import Scorer
 from diffusion.training import Trainer, fingerprint, train
@@ -78,6 +81,60 @@ def test_a_resumed_training_has_the_same_scores_and_weights(tiny, tiny_data: Dat
     )
     assert same(parts.best, whole.best)
     assert same(parts.net.state_dict(), whole.net.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["torn", "another version"])
+def test_a_reference_that_does_not_serve_is_made_anew(
+    tiny,
+    tiny_data: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    config, file = trained(tiny(**ON)), tmp_path / "fd_lite0.npz"
+    expected = Scorer(config, tiny_data, tmp_path, CPU).reference()
+    if damage == "torn":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        monkeypatch.setattr(Colours, "describe", lambda self: {"extractor": "colours", "implementation": "2"})
+    again = Scorer(config, tiny_data, tmp_path, CPU).reference()
+    np.testing.assert_array_equal(again.cov, expected.cov)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "made anew" in line)
+    assert "dvc repro" not in line
+    assert Reference.load(file, Scorer(config, tiny_data, tmp_path, CPU).extractor.describe()).key == again.key
+
+
+def test_a_reference_is_written_whole_or_not_at_all(
+    tiny, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(file: BinaryIO, **_: object) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    scorer = Scorer(trained(tiny(**ON)), tiny_data, tmp_path, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.reference()
+    assert list(tmp_path.iterdir()) == []
+
+
+def unwritable(world: World, device: torch.device, config: TrainedConfig, data: Dataset, folder: Path) -> str:
+    def full(self: object, path: Path) -> None:
+        raise UserError("no place")
+
+    scoring.EfficientNetLite0, scoring.Reference.save = Colours, full  # type: ignore[assignment,misc,method-assign]
+    try:
+        trainer_in(folder, config, data, world).evaluate()
+    except (UserError, SystemExit) as error:
+        return type(error).__name__
+    return "went on"
+
+
+def test_processes_agree_that_a_reference_failed(tiny, tiny_data: Dataset, tmp_path: Path) -> None:
+    found = in_world(2, tmp_path, unwritable, trained(tiny(**ON)), tiny_data, tmp_path / "run")
+    assert found == ["UserError", "SystemExit"]
 
 
 def test_looking_changes_nothing(tiny, tiny_data: Dataset, tmp_path: Path) -> None:

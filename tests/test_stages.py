@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from diffusion import config, paths
 
+STAGES = ("download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report")
 RECIPES = ["params.yaml", *(f"params/{p.name}" for p in sorted(REPO.glob("params/*.yaml")))]
 
 
@@ -36,7 +37,7 @@ def run(stage: str, *arguments: str) -> Result:
 
 
 def run_all(*stages: str) -> None:
-    for stage in stages or ("prepare", "reference", "train", "sample", "evaluate", "report"):
+    for stage in stages or STAGES[1:]:
         result = run(stage)
         assert result.exit_code == 0, f"{stage}: {result.output}"
 
@@ -220,7 +221,9 @@ def test_a_missing_input_is_one_line_and_nothing_is_written(workspace: Path, sta
         assert not path.exists()
 
 
-@pytest.mark.parametrize("stage", ["download", "prepare", "reference", "train", "sample", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report"]
+)
 def test_a_bad_key_stops_every_stage_before_any_work(workspace: Path, stage: str) -> None:
     write_params()
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("  lr:", "  lrr:", 1))
@@ -231,7 +234,9 @@ def test_a_bad_key_stops_every_stage_before_any_work(workspace: Path, stage: str
     assert sorted(workspace.rglob("*")) == before
 
 
-@pytest.mark.parametrize("stage", ["download", "prepare", "reference", "train", "sample", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "stage", ["download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report"]
+)
 def test_help_says_what_a_stage_does(stage: str) -> None:
     result = run(stage, "--help")
     assert result.exit_code == 0

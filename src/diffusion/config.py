@@ -131,7 +131,7 @@ class SampleConfig:
 class EvaluateConfig:
     reference_split: Literal["train", "test"]
     reference_images: Annotated[int, Range(2, 10**9)]
-    inception: Literal["auto", "require", "off"]
+    inception: Literal["auto", "local", "require", "off"]
     inception_weights: str | None
     inception_images: Annotated[int, Range(2, 10**9)]
     measures: tuple[Measure, ...]

@@ -1,8 +1,9 @@
 """From images to features: batches through an extractor, shared by processes, with their moments and some kept rows."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ from diffusion.images import rgb
 from diffusion.metrics import Moments
 
 
+class Images(Protocol):
+    """uint8 (N, H, W, C) that are read by slices: an array, mapped or not, or image_streams.Stream."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Extracted:
     """What is left of the features of N images."""
@@ -26,7 +36,7 @@ class Extracted:
 
 
 def features_of(
-    images: np.ndarray,
+    images: Images,
     extractor: Extractor,
     batch_size: int,
     device: torch.device,
@@ -53,7 +63,7 @@ def features_of(
 
 
 def moments_of(
-    images: np.ndarray,
+    images: Images,
     extractor: Extractor,
     batch_size: int,
     device: torch.device,
@@ -62,6 +72,11 @@ def moments_of(
 ) -> Moments:
     """Moments alone, of `features_of`."""
     return features_of(images, extractor, batch_size, device, what, world).moments
+
+
+def released(images: Images) -> Callable[[], None] | None:
+    """What forgets the part of `images` that was read; None if nothing is mapped."""
+    return releases(images) if isinstance(images, np.ndarray) else None
 
 
 def batches(count: int, batch_size: int, blocks: int) -> list[tuple[int, range]]:
@@ -75,7 +90,7 @@ def batches(count: int, batch_size: int, blocks: int) -> list[tuple[int, range]]
 
 
 def _share(
-    images: np.ndarray,
+    images: Images,
     extractor: Extractor,
     batch_size: int,
     device: torch.device,
@@ -86,7 +101,7 @@ def _share(
 ) -> tuple[list[Moments], np.ndarray]:
     """Of this rank's share of the batches: moments of each block and of what remains, and the rows to keep."""
     found = [Moments(extractor.dim) for _ in range(blocks + 1)]
-    todo, release = batches(len(images), batch_size, blocks), releases(images)
+    todo, release = batches(len(images), batch_size, blocks), released(images)
     mine = [todo[k] for k in world.share(len(todo))]
     total = sum(len(rows) for _, rows in mine)
     kept = np.empty((sum(max(0, min(rows.stop, keep) - rows.start) for _, rows in mine), extractor.dim), np.float32)

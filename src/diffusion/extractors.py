@@ -4,17 +4,11 @@ from pathlib import Path
 
 import click
 
-from diffusion import paths
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
-from diffusion.features import (
-    INCEPTION_FILE,
-    EfficientNetLite0,
-    Extractor,
-    Inception,
-    WeightsUnavailableError,
-    find_inception_weights,
-)
+from diffusion.features import EfficientNetLite0, Extractor, Inception
+from diffusion.rules import INFINITY_ROWS
+from diffusion.weights import at_hand, put
 
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
 OTHERWISE = "or set evaluate.measures without frechet (KID, kid, is unbiased for few), or evaluate.inception: off"
@@ -49,6 +43,12 @@ def for_reference(config: EvaluateConfig, weights: Path | None, available: int, 
         count = reference_images(config, extractor)
         if count > available:
             raise UserError(f"{count} reference images are asked for and {config.reference_split} has {available}")
+        kept = min(config.kept_features, config.repeats * count)
+        if isinstance(extractor, Inception) and "infinity" in config.measures and kept < INFINITY_ROWS * extractor.dim:
+            raise UserError(
+                f"evaluate.measures has infinity, which needs {INFINITY_ROWS * extractor.dim} samples for fid and gets "
+                f"{kept}: raise evaluate.inception_images and evaluate.kept_features, or take it out"
+            )
         if isinstance(extractor, Inception) and "frechet" in config.measures and count < extractor.dim:
             raise UserError(
                 f"evaluate.inception_images = {count}: FID needs at least {extractor.dim} images a side: raise it, "
@@ -64,7 +64,7 @@ def for_samples(config: EvaluateConfig, count: int, folder: Path) -> list[Extrac
         UserError: fewer samples than FID needs, or the weights that the reference was made with are gone.
     """
     extractors: list[Extractor] = [EfficientNetLite0(precision=config.precision)]
-    if config.inception == "require" or (config.inception == "auto" and (folder / "fid.npz").exists()):
+    if config.inception == "require" or (config.inception != "off" and (folder / "fid.npz").exists()):
         each = min(count, config.repeats * config.inception_images) // config.repeats
         if "frechet" in config.measures and each < Inception.dim:
             parts = f" in each of evaluate.repeats = {config.repeats} blocks" if config.repeats > 1 else ""
@@ -77,30 +77,24 @@ def for_samples(config: EvaluateConfig, count: int, folder: Path) -> list[Extrac
 
 
 def inception_weights(config: EvaluateConfig) -> Path | None:
-    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none.
+    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none. The weights stage fetches.
 
     Raises:
-        UserError: they are required and cannot be had.
+        UserError: they are required and not there.
     """
     if config.inception == "off":
         return None
-    try:
-        return find_inception_weights(config)
-    except WeightsUnavailableError as error:
-        place = f"put {INCEPTION_FILE} into {paths.WEIGHTS}"
-        if config.inception == "require":
-            raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {place}") from None
-        skipped = f"FID IS SKIPPED: no Inception weights ({error}); {place}, {AGAIN}, then `dvc repro`"
-        click.secho(skipped, fg="yellow", bold=True, err=True)
-        return None
+    found = at_hand(config)
+    if found is None and config.inception == "require":
+        raise UserError(f"evaluate.inception is require and the weights are not at hand: {put()}")
+    if found is None:
+        click.secho(f"FID IS SKIPPED: no Inception weights; {put()}", fg="yellow", bold=True, err=True)
+    return found
 
 
 def _weights_again(config: EvaluateConfig) -> Path:
     """The weights that the reference was made with."""
-    try:
-        return find_inception_weights(config)
-    except WeightsUnavailableError as error:
-        raise UserError(
-            f"the reference's Inception weights are gone ({error}): put {INCEPTION_FILE} into "
-            f"{paths.WEIGHTS}, or set evaluate.inception: off"
-        ) from None
+    found = at_hand(config)
+    if found is None:
+        raise UserError(f"the reference's Inception weights are gone: {put()}, or set evaluate.inception: off")
+    return found

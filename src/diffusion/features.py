@@ -18,27 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from diffusion import paths
-from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
+from diffusion.rules import DIMS
+from diffusion.weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 
-INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_NAMES = (INCEPTION_FILE, "weights-inception-2015-12-05-6726825d.pth")  # pytorch-fid's, torch-fidelity's
-INCEPTION_SHA256 = "6726825d"  # its first digits, which the published names carry (torch.hub's convention)
-INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 INCEPTION_SIZE = 299
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-
-class WeightsUnavailableError(Exception):
-    """The Inception weights are not at hand and could not be fetched; the message is the reason, one line."""
 
 
 class EfficientNetLite0(nn.Module):
     """1,280 features: the last convolution's channel means at 128x128 pixels; ImageNet weights."""
 
     metric = "fd_lite0"
-    dim = 1280
+    dim = DIMS["fd_lite0"]
     size = 128
 
     def __init__(self, weights: Path | None = None, precision: str = "fp32") -> None:
@@ -89,7 +81,7 @@ class Inception(nn.Module):
     """
 
     metric = "fid"
-    dim = 2048
+    dim = DIMS["fid"]
     precision = "fp32"
 
     def __init__(self, weights: Path, precision: str = "fp32") -> None:
@@ -124,7 +116,7 @@ class Inception(nn.Module):
     @property
     def published(self) -> bool:
         """Whether these are the 2015-12-05 weights, without which a distance is not comparable with any paper's."""
-        return self.weights_sha256.startswith(INCEPTION_SHA256)
+        return self.weights_sha256 == INCEPTION_SHA256
 
     def describe(self) -> dict[str, str]:
         """What a number depends on besides the images."""
@@ -139,52 +131,6 @@ class Inception(nn.Module):
 
 
 Extractor = EfficientNetLite0 | Inception
-
-
-def find_inception_weights(config: EvaluateConfig, folder: Path | None = None, url: str = INCEPTION_URL) -> Path:
-    """The weights that `evaluate.inception_weights` names; else those in `folder`, in torch's cache, or from the net.
-
-    `folder` is data/weights of the repository if not given.
-
-    Raises:
-        UserError: a file was named and is not there, or the one in `folder` is damaged.
-        WeightsUnavailableError: none at hand, and the download failed.
-    """
-    if config.inception_weights is not None:
-        named = paths.ROOT / Path(config.inception_weights).expanduser()
-        if not named.is_file():
-            raise UserError(f"evaluate.inception_weights = {config.inception_weights}: no such file")
-        return named
-    from diffusion import fetch  # here: scoring with weights at hand needs no requests
-
-    folder = folder or paths.WEIGHTS
-    for path in (place / name for place in (folder, torch_cache()) for name in INCEPTION_NAMES):
-        if path.is_file() and sha256(path).startswith(INCEPTION_SHA256):
-            return path
-        if path.is_file() and path.parent == folder:  # put there by the user; the cache is not ours to judge
-            raise UserError(
-                f"{path} is damaged or another file (its sha256 does not begin with {INCEPTION_SHA256}): replace or "
-                "remove it; other weights are named in evaluate.inception_weights"
-            )
-    try:
-        path = fetch.download(url, folder / INCEPTION_FILE)
-    except fetch.FetchError as error:
-        raise WeightsUnavailableError(str(error)) from None
-    if not sha256(path).startswith(INCEPTION_SHA256):
-        path.unlink()
-        raise WeightsUnavailableError("the downloaded file has another sha256 than the published one")
-    return path
-
-
-def torch_cache() -> Path:
-    """Where torch.hub keeps downloaded weights."""
-    return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lite0_weights() -> Path:

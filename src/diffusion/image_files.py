@@ -1,19 +1,21 @@
-"""Sets of uint8 images in files: the sample stage's npz, any npz or npy, a folder of pictures, CIFAR-10."""
+"""Sets of uint8 images in files: the sample stage's npz, any npz, a folder of pictures, CIFAR-10."""
 
 import os
 import struct
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from diffusion import paths
-from diffusion.data import SUFFIXES, UNREADABLE, read_npz
+from diffusion.data import UNREADABLE, read_npz
 from diffusion.errors import UserError
+from diffusion.image_streams import Pictures, Stream, packed
 
 NAMED = {"cifar10:train": paths.CIFAR10_TRAIN, "cifar10:test": paths.CIFAR10_TEST}
+
+Images = TypeVar("Images", np.ndarray, np.ndarray | Stream)
 
 
 def load_samples(path: Path) -> np.ndarray:
@@ -30,17 +32,18 @@ def load_samples(path: Path) -> np.ndarray:
         raise UserError(f"{path} is not an npz file with images ({error}): run `dvc repro -sf sample`") from None
 
 
-def open_images(name: str) -> np.ndarray:
+def open_images(name: str, count: int | None = None) -> np.ndarray | Stream:
     """uint8 (N, H, W, C), N >= 2, of `name`: cifar10:train, cifar10:test, an npz file with `images`, or a folder.
+
+    The first `count`; None = all. Only what is asked for is in memory.
 
     Raises:
         UserError: nothing is there, or something else than uint8 images of one size.
     """
     path = NAMED.get(name, Path(name))
-    if path.is_dir():
-        return checked(_pictures(path), path)
     try:
-        return checked(_mapped(path), path)
+        found = Pictures(path, count) if path.is_dir() else packed(path, count)
+        return checked(_mapped(path)[:count] if found is None else found, path)
     except FileNotFoundError:
         hint = "run `dvc repro download`" if name in NAMED else f"give {', '.join(NAMED)}, an npz file or a folder"
         raise UserError(f"{path} is missing: {hint}") from None
@@ -48,17 +51,18 @@ def open_images(name: str) -> np.ndarray:
         raise UserError(f"{path} is not an npz file with images ({error}): give uint8 (N, H, W, C)") from None
 
 
-def checked(images: np.ndarray, where: object) -> np.ndarray:
+def checked(images: Images, where: object) -> Images:
     """`images`, which `where` holds.
 
     Raises:
         UserError: they are not two or more uint8 images (N, H, W, C) with 1 to 4 channels; the line says what to do.
     """
-    if images.dtype.kind == "f" and images.size:
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size:
         low, high = float(images.min()), float(images.max())
         seen = "with NaN or infinity" if not np.isfinite(low + high) else f"from {low:g} to {high:g}"
         raise UserError(f"{where} holds {images.dtype} {seen}, not uint8 images: scale to 0..255, round, save as uint8")
-    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4 or len(images) < 2:
+    fits = images.dtype == np.uint8 and images.ndim == 4 and all(images.shape)
+    if not fits or images.shape[3] > 4 or len(images) < 2:
         raise UserError(f"{where} holds {images.dtype} {images.shape}, not two or more uint8 images (N, H, W, C)")
     return images
 
@@ -82,27 +86,3 @@ def _mapped(path: Path) -> np.ndarray:
         if fortran or dtype.hasobject or not shape or not all(shape):
             return read_npz(path, "images")[0]
         return np.memmap(path, dtype, "c", file.tell(), shape).view(np.ndarray)  # c: torch wants it writable
-
-
-def _pictures(folder: Path) -> np.ndarray:
-    """The pictures anywhere in `folder`, in the order of their paths, as RGB."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not found:
-        raise UserError(f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))})")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        pictures = list(pool.map(_picture, found))
-    for path, picture in zip(found, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            sizes = f"{picture.shape[:2]} pixels and {found[0].name} {pictures[0].shape[:2]}"
-            raise UserError(f"{folder}: {path.name} has {sizes}: bring all to one size first")
-    return np.stack(pictures)
-
-
-def _picture(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is damaged (no picture): repair or remove it") from None
-    except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is damaged ({error}): repair or remove it") from None

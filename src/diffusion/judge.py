@@ -15,6 +15,8 @@ from diffusion.journal import JOURNAL, NullTracker, Tracker
 from diffusion.locks import only_process
 from diffusion.metrics.names import shown
 
+CARD = ("config", "fingerprint", "run_id", "step")  # what is read of the samples' card here
+
 
 def judge(params: Params) -> None:
     """Write metrics/evaluate.json and log the scores.
@@ -73,11 +75,14 @@ def _conditions(about: dict[str, Any]) -> str:
 
 
 def _read_card() -> dict[str, Any]:
+    again = "run `dvc repro -sf sample`"
     try:
-        card: dict[str, Any] = json.loads(paths.SAMPLES_CARD.read_text())
-        card["config"]
+        card: dict[str, Any] = dict(json.loads(paths.SAMPLES_CARD.read_text()))
     except FileNotFoundError:
         raise UserError(f"{paths.SAMPLES_CARD} is missing: run `dvc repro sample`") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{paths.SAMPLES_CARD} is no card of samples ({error}): run `dvc repro -sf sample`") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{paths.SAMPLES_CARD} is no card of samples ({error}): {again}") from None
+    lost = [key for key in CARD if key not in card]
+    if lost:
+        raise UserError(f"{paths.SAMPLES_CARD} is no card of samples (it lacks {', '.join(lost)}): {again}")
     return card

@@ -26,6 +26,9 @@ PREPARED = Path("data/prepared")
 SPLIT = PREPARED / "split.npz"
 DATA_CARD = PREPARED / "data.json"
 
+# weights
+WEIGHTS_CARD = Path("data/weights.json")
+
 # reference
 REFERENCE = Path("reference")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.data import UNREADABLE, read_npz, real_images, releases
+from diffusion.data import UNREADABLE, read_npz, real_images
 from diffusion.distributed import ALONE, World, joined
 from diffusion.errors import UserError
-from diffusion.extraction import features_of
+from diffusion.extraction import Images, features_of, released
 from diffusion.extractors import AGAIN, for_reference, inception_weights, kept_images, reference_images
 from diffusion.features import Extractor
 from diffusion.runtime import keep_freed_memory
@@ -34,10 +35,18 @@ class Reference:
     features: Tensor | None = None  # float32 (n, d); None = not kept, or not read
 
     def save(self, path: Path) -> None:
-        """Write an npz file."""
+        """Write an npz file: whole, or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         features = np.empty((0, len(self.mean)), np.float32) if self.features is None else self.features.numpy()
-        np.savez(path, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True), features=features)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                key = json.dumps(self.key, sort_keys=True)
+                np.savez(file, mean=self.mean, cov=self.cov, key=key, features=features)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: Path, extractor: Mapping[str, str], **expected: object) -> "Reference":
@@ -62,7 +71,7 @@ class Reference:
 
 
 def make_reference(
-    images: np.ndarray,
+    images: Images,
     split: str,
     extractor: Extractor,
     batch_size: int,
@@ -87,9 +96,9 @@ def make_reference(
     return Reference(found.moments.mean, found.moments.cov, key, found.kept)
 
 
-def pixels_sha256(images: np.ndarray) -> str:
+def pixels_sha256(images: Images) -> str:
     """Hex digest of the pixels of (N, H, W, C) images, read in parts."""
-    sha, release = hashlib.sha256(), releases(images)
+    sha, release = hashlib.sha256(), released(images)
     for start in range(0, len(images), CHUNK):
         sha.update(np.ascontiguousarray(images[start : start + CHUNK]).data)
         if release:

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from diffusion.config import Params, SampleConfig
 
 FEW_STEPS = 500
+DIMS = {"fid": 2048, "fd_lite0": 1280}  # features of an image, by the distance in their space
+INFINITY_ROWS = 5  # samples a feature, at least, for the distance at infinity (metrics/frechet.py says why)
 
 
 def broken(params: "Params") -> Iterator[str]:
@@ -14,6 +16,7 @@ def broken(params: "Params") -> Iterator[str]:
     yield from _model(params)
     yield from _sampling(params)
     yield from _rest(params)
+    yield from _evaluation(params)
 
 
 def doubtful(sample: "SampleConfig") -> Iterator[str]:
@@ -87,5 +90,28 @@ def _rest(params: "Params") -> Iterator[str]:
         yield "data.sources is empty: name at least one of local, mirrors, npm, official"
     if data.path is not None and "local" not in data.sources:
         yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
-    if not params.evaluate.measures:
+
+
+def _evaluation(params: "Params") -> Iterator[str]:
+    config, samples = params.evaluate, params.sample.num_images
+    if not config.measures:
         yield "evaluate.measures is empty: name at least one of frechet, kid, precision_recall, copies, infinity"
+    if 1 < config.repeats > samples // 2:
+        yield f"evaluate.repeats = {config.repeats} blocks of sample.num_images = {samples} have fewer than 2: lower it"
+    each, required = samples // config.repeats, config.inception == "require"
+    if required and "frechet" in config.measures and each < DIMS["fid"]:
+        yield (
+            f"evaluate.inception = require: FID needs at least {DIMS['fid']} samples a block, and sample.num_images = "
+            f"{samples} in evaluate.repeats = {config.repeats} is {each}: raise it, or take frechet out of "
+            "evaluate.measures (kid is unbiased for few)"
+        )
+    found = {"fd_lite0": min(samples, config.kept_features)}
+    if required:
+        found["fid"] = min(found["fd_lite0"], config.repeats * config.inception_images)
+    for metric, count in found.items():
+        if "infinity" in config.measures and count < INFINITY_ROWS * DIMS[metric]:
+            yield (
+                f"evaluate.measures has infinity, which needs {INFINITY_ROWS * DIMS[metric]} samples for {metric}, and "
+                f"{count} keep their features: raise sample.num_images and evaluate.kept_features"
+                f"{' and evaluate.inception_images' if metric == 'fid' else ''}, or take it out"
+            )

@@ -4,13 +4,18 @@ So few samples bias the distance upwards, at every step alike: the curve shows p
 values are no results to quote.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from diffusion import sampling
 from diffusion.config import TrainedConfig
 from diffusion.data import Dataset
+from diffusion.errors import UserError
+from diffusion.extractors import AGAIN
 from diffusion.features import EfficientNetLite0
 from diffusion.images import rgb
 from diffusion.metrics import Moments, frechet_distance
@@ -43,19 +48,31 @@ class Scorer:
             for part in batch.split(BATCH):
                 images = torch.from_numpy(rgb(part.numpy()).copy()).to(self.device)
                 found.update(self.extractor(images.permute(0, 3, 1, 2)))
-        value, parts = 0.0, world.gather(found)
-        if parts:
-            for other in parts[1:]:
-                parts[0].merge(other)
-            real = self.reference()
-            value = frechet_distance(parts[0].mean, parts[0].cov, real.mean, real.cov)
-        return float(world.broadcast(value))
+        parts = world.gather(found)
+        return float(world.broadcast(world.together(lambda: self._distance(parts) if parts else 0.0)))
 
     def reference(self) -> Reference:
-        """Of the training images; computed when it is first asked for, then read from the training's folder."""
+        """Of the training images; computed when it is first asked for, then read from the training's folder.
+
+        A file that does not serve (torn, of another version's features) is replaced, with one line that says why.
+        """
         if self._reference is None:
             path, about = self.folder / "fd_lite0.npz", self.extractor.describe()
-            if not path.exists():
-                make_reference(self.images, "training", self.extractor, BATCH, self.device).save(path)
-            self._reference = Reference.load(path, about, images=len(self.images))
+            try:
+                if path.exists():
+                    self._reference = Reference.load(path, about, images=len(self.images))
+            except UserError as error:
+                reason = str(error).removesuffix(f": {AGAIN}")
+                tqdm.write(f"the reference of fd_lite0 is made anew ({reason})", file=sys.stderr)
+            if self._reference is None:
+                self._reference = make_reference(self.images, "training", self.extractor, BATCH, self.device)
+                self._reference.save(path)
         return self._reference
+
+    def _distance(self, parts: Sequence[Moments]) -> float:
+        """Of all ranks' samples."""
+        total = Moments(self.extractor.dim)
+        for part in parts:
+            total.merge(part)
+        real = self.reference()
+        return frechet_distance(total.mean, total.cov, real.mean, real.cov)

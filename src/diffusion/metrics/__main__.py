@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import numpy as np
 
 from diffusion.config import EvaluateConfig, Measure
 from diffusion.errors import UserError
 from diffusion.extraction import features_of
-from diffusion.features import EfficientNetLite0, Extractor, Inception, WeightsUnavailableError, find_inception_weights
-from diffusion.image_files import open_images
+from diffusion.features import EfficientNetLite0, Extractor, Inception
+from diffusion.image_files import NAMED, open_images
 from diffusion.measures import measured, versions
 from diffusion.metrics import selftest
 from diffusion.metrics.names import shown
 from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
+from diffusion.weights import WeightsUnavailableError, find_inception_weights
+
+STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is taken for one of those
 
 
 @click.group()
@@ -33,6 +35,7 @@ def main() -> None:
 @click.option("--weights", default=None, help="Inception's weights; looked for and fetched if not given.")
 @click.option("--measure", "measures", type=click.Choice(get_args(Measure)), multiple=True, default=["frechet"])
 @click.option("--count", type=click.IntRange(2), default=None, help="Only the first COUNT images of each.")
+@click.option("--keep", type=click.IntRange(2), default=10_000, show_default=True, help="Most features kept; below.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
@@ -41,7 +44,8 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     """Compare images A (generated) with B (real).
 
     Each is an npz file with `images`, uint8 (N, H, W, C), a folder of pictures of one size, cifar10:train or
-    cifar10:test. --measure may be given several times. FID and KID are --extractor inception's names alone.
+    cifar10:test. --measure may be given several times; all but frechet are of the first --keep images of each, whose
+    features stay in memory. FID and KID are --extractor inception's names alone.
     """
     keep_freed_memory()
     try:
@@ -56,18 +60,19 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     for entry in found:
         for name, value in entry["numbers"].items():
             click.echo(f"{name} {shown(value)}")
-    of = found[0]["reference"]["extractor"] if found else {}
-    click.echo("; ".join(f"{key} {value}" for key, value in of.items()))
+    key = found[0]["reference"]
+    parts = {**key["extractor"], **found[0]["versions"]}
+    click.echo("; ".join([f"against {key['images']} images of {b}", *(f"{k} {v}" for k, v in parts.items())]))
 
 
 @main.command("selftest")
 @click.option("--images", type=click.IntRange(2), default=16, show_default=True, help="Images a side for the features.")
 def selftest_command(images: int) -> None:
-    """Check Frechet distance and Inception features against torch-fidelity, torchmetrics and closed forms."""
-    failed = 0
+    """Check Frechet distance, Inception features and FID against torch-fidelity, torchmetrics and closed forms."""
+    failed, words = 0, {True: "ok", False: "FAILED", None: "skipped"}
     for line, passed in selftest.checks(images):
-        click.secho(f"{'ok' if passed else 'FAILED'}  {line}", fg=None if passed else "red")
-        failed += not passed
+        click.secho(f"{words[passed]}  {line}", fg="red" if passed is False else None)
+        failed += passed is False
     sys.exit(1 if failed else 0)
 
 
@@ -79,6 +84,7 @@ def compared(
     weights: str | None,
     measures: tuple[Measure, ...],
     count: int | None,
+    keep: int,
     batch_size: int,
     precision: str,
     device: str,
@@ -88,9 +94,14 @@ def compared(
     Raises:
         UserError: images or weights cannot be used, or there are too few images.
     """
-    sets = [open_images(name)[:count] for name in (a, b)]
+    if "copies" in measures and b == "cifar10:test":
+        raise UserError(f"copies are looked for among training images, and {b} are none: give the training images as B")
+    sets = [open_images(name, count) for name in (a, b)]
     if (shapes := [images.shape[1:] for images in sets])[0] != shapes[1]:
-        raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one size first")
+        what = "number of channels" if shapes[0][:2] == shapes[1][:2] else "size"
+        raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one {what} first")
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file")
     config = _config(weights, measures, batch_size, precision, most=len(sets[1]))
     network = _extractor(extractor, config)
     if isinstance(network, Inception) and "frechet" in measures and (few := min(map(len, sets))) < network.dim:
@@ -98,16 +109,13 @@ def compared(
             f"FID needs at least {network.dim} images a side and there are {few}: give --measure kid, which few images "
             "do not bias, or more images"
         )
-    where, split = resolve_device(device), b.rpartition(":")[2] if b.startswith("cifar10:") else Path(b).stem
-    reference = make_reference(sets[1], split, network, batch_size, where, keep=_kept(measures, sets[1]))
-    found = features_of(sets[0], network, batch_size, where, a, keep=_kept(measures, sets[0]))
+    kept = keep if set(measures) - {"frechet"} else 0
+    where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
+    reference = make_reference(sets[1], split, network, batch_size, where, keep=kept)
+    found = features_of(sets[0], network, batch_size, where, a, keep=kept)
     for one in measured(config, network.metric, found, reference):
         about = {"measure": one.measure, "numbers": one.numbers, "samples": one.samples, "of": a, "against": b}
         yield {**about, **one.details, "reference": reference.key, "versions": versions()}
-
-
-def _kept(measures: tuple[Measure, ...], images: np.ndarray) -> int:
-    return len(images) if set(measures) - {"frechet"} else 0
 
 
 def _config(

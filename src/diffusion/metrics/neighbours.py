@@ -30,15 +30,16 @@ class Copies:
 def kid(samples: Tensor, reference: Tensor, *, seed: int = 0) -> dict[str, Any]:
     """Kernel distance of features float32 (N, d) and (M, d): {"mean", "std"} over random subsets, "subset_size".
 
-    The unbiased squared MMD with the kernel (x.y / d + 1)^3.
+    The unbiased squared MMD with the kernel (x.y / d + 1)^3. A subset is at most half of the smaller set: of subsets
+    that are the whole set `std` would be rounding.
 
     Raises:
-        UserError: fewer than two rows, or widths that differ.
+        UserError: fewer than four rows, or widths that differ.
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
-    _check(samples, reference, 2)
-    size = min(KID_SUBSET_SIZE, len(samples), len(reference))
+    _check("KID", samples, reference, 4)
+    size = min(KID_SUBSET_SIZE, min(len(samples), len(reference)) // 2)
     found = kid_features_to_metric(
         samples, reference, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=seed, verbose=False
     )
@@ -55,7 +56,7 @@ def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-    _check(samples, reference, NEIGHBOURHOOD + 1)
+    _check("precision_recall", samples, reference, NEIGHBOURHOOD + 1)
     found = prc_features_to_metric(
         samples, reference, prc_neighborhood=NEIGHBOURHOOD, prc_batch_size=BLOCK, save_cpu_ram=True, verbose=False
     )
@@ -71,7 +72,7 @@ def copies(samples: Tensor, training: Tensor) -> Copies:
     Raises:
         UserError: fewer than two training rows, or widths that differ.
     """
-    _check(samples, training, 1, 2)
+    _check("copies", samples, training, 1, 2)
     between, _ = nearest(training, training, other=True)
     threshold = float(torch.quantile(between.double(), COPY_QUANTILE))
     distances, index = nearest(samples, training)
@@ -95,9 +96,11 @@ def nearest(rows: Tensor, among: Tensor, *, other: bool = False) -> tuple[Tensor
     return (rows - among[index]).norm(dim=1), index
 
 
-def _check(samples: Tensor, reference: Tensor, least: int, least_reference: int | None = None) -> None:
+def _check(measure: str, samples: Tensor, reference: Tensor, least: int, least_reference: int | None = None) -> None:
     if samples.shape[1:] != reference.shape[1:]:
         shapes = f"{tuple(samples.shape)} and {tuple(reference.shape)}"
         raise UserError(f"features of shapes {shapes} cannot be compared: were they made by one extractor?")
-    if len(samples) < least or len(reference) < (least_reference or least):
-        raise UserError(f"this needs more images than {len(samples)} samples and {len(reference)} real ones")
+    real = least_reference or least
+    if len(samples) < least or len(reference) < real:
+        there = f"there are {len(samples)} and {len(reference)}"
+        raise UserError(f"{measure} needs at least {least} samples and {real} real images, and {there}: give more")

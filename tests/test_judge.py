@@ -1,0 +1,62 @@
+"""The evaluate stage around the scores: the samples' card, and processes that share the features."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_stages import run, run_all, start, write_params
+
+from diffusion import paths
+from diffusion.reference import Reference
+
+
+@pytest.mark.parametrize("lost", ["config", "fingerprint", "run_id", "step"])
+def test_a_card_that_lacks_something_is_one_line(workspace: Path, lost: str) -> None:
+    write_params()
+    paths.SAMPLES.mkdir()
+    card = {"config": {}, "fingerprint": "abc", "run_id": None, "step": 8}
+    paths.SAMPLES_CARD.write_text(json.dumps({key: value for key, value in card.items() if key != lost}))
+    result = run("evaluate")
+    assert result.exit_code == 2
+    expected = f"samples/card.json is no card of samples (it lacks {lost}): run `dvc repro -sf sample`"
+    assert result.output == f"error: {expected}\n"
+
+
+@pytest.mark.parametrize("content", ["", "{torn", "[]", "3"], ids=repr)
+def test_a_damaged_card_is_one_line(workspace: Path, content: str) -> None:
+    write_params()
+    paths.SAMPLES.mkdir()
+    paths.SAMPLES_CARD.write_text(content)
+    result = run("evaluate")
+    assert result.exit_code == 2
+    assert result.output.startswith("error: samples/card.json is no card of samples (")
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_score_as_one(workspace: Path) -> None:
+    """The stages as users start them, with `evaluate.processes: 2`: the same features, summed in another order."""
+    write_params()
+    run_all("prepare", "train", "sample", "reference", "evaluate")
+    alone, expected = json.loads(paths.EVALUATE_METRICS.read_text()), reference()
+    paths.EVALUATE_METRICS.unlink()
+    (paths.REFERENCE / "fd_lite0.npz").unlink()
+    write_params(**{"evaluate.processes": 2})
+    for stage in ("reference", "evaluate"):
+        process = start(f"stages.{stage}")
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, err
+        assert "1 of 2 processes" in err
+    found = reference()
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-10, atol=1e-12)
+    assert np.abs(found.cov - expected.cov).max() <= 1e-10 * np.abs(expected.cov).max()
+    assert found.key == expected.key
+    shared = json.loads(paths.EVALUATE_METRICS.read_text())
+    assert list(shared) == list(alone)
+    for name in alone.keys() - {"about"}:
+        assert shared[name] == pytest.approx(alone[name], rel=1e-6), name
+
+
+def reference() -> Reference:
+    return Reference.load(paths.REFERENCE / "fd_lite0.npz", {})
