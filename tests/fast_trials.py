@@ -16,6 +16,8 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
+from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from diffusion import config, tuning
@@ -80,13 +82,18 @@ class Store:
     def trials(self, *states: str) -> list[FrozenTrial]:
         """Trials by number, of the named states or of all; none before there is a study."""
         if self.study is None:
-            try:
-                made = {"skip_compatibility_check": True, "skip_table_creation": True}  # by the sitting
-                storage = RDBStorage(self.url, {"poolclass": NullPool}, **made)
-                self.study = optuna.load_study(study_name=STUDY, storage=storage)
-            except (KeyError, StorageInternalError):  # no study, table or file yet
+            if not self._has_study():
                 return []
+            self.study = optuna.load_study(study_name=STUDY, storage=RDBStorage(self.url, {"poolclass": NullPool}))
         return [trial for trial in self.study.trials if not states or trial.state.name in states]
+
+    def _has_study(self) -> bool:
+        """Asked without Optuna, which would make tables while the sitting makes them."""
+        try:
+            with create_engine(self.url, poolclass=NullPool).connect() as connection:
+                return STUDY in connection.exec_driver_sql("SELECT study_name FROM studies").scalars()
+        except (OperationalError, ProgrammingError):  # no file, no table
+            return False
 
 
 def main(overrides: str) -> None:
