@@ -21,7 +21,7 @@ TINY = {
     "model.channels": 16,
     "model.multipliers": [1, 2],
     "model.num_blocks": 1,
-    "model.attention_resolutions": [8],
+    "model.attention_resolutions": [16],  # of the last level, or with a patch stem the first
     "model.head_channels": 16,
     "model.norm_groups": 4,
     "diffusion.num_steps": 50,
