@@ -53,8 +53,8 @@ report: setup  ## draw the report page from what the pipeline made
 bench: setup  ## measure quality and speed, ours and peers', more than an hour (writes benchmarks/results/)
 	@dvc repro prepare
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
-	@for name in group_norm malloc precision laptop_quality train_speed sample_speed overheads tracking_cost tune_overhead inception_speed fid_parity data_scale \
-		time_to_quality; do \
+	@for name in group_norm malloc precision laptop_quality train_speed sample_speed overheads tracking_cost tune_overhead \
+		inception_speed fid_parity data_scale time_to_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-quality: setup  ## solvers, objectives and classes compared by their samples, about three hours
