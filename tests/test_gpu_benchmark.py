@@ -134,7 +134,8 @@ def test_the_plain_loop_learns(load_script: Any, tiny: Any, tiny_data: Dataset) 
 
 
 def test_fitted_steps_end_the_learning_rate_and_leave_the_warm_up(load_script: Any, tiny: Any) -> None:
-    before = config.trained(tiny(**{"train.lr": 1e-3, "train.warmup_steps": 10, "train.lr_schedule": "linear"}))
+    warm_up = {"train.lr": 1e-3, "train.warmup_steps": 10, "train.steps": 20, "train.lr_schedule": "linear"}
+    before = config.trained(tiny(**warm_up))
     after = load_script("gpu_quality").with_steps(before, 110)
     assert [learning_rate(s, after.train) for s in range(10)] == [learning_rate(s, before.train) for s in range(10)]
     assert learning_rate(109, after.train) == pytest.approx(1e-3 / 100)

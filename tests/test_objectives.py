@@ -19,7 +19,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "x0": {"diffusion.prediction": "x0", "train.loss_weight": "own"},
     "v": {"diffusion.prediction": "v"},
     "v, min-SNR": {"diffusion.prediction": "v", "train.loss_weight": "min_snr"},
-    "v, zero terminal SNR": {"diffusion.prediction": "v", "diffusion.zero_terminal_snr": True},
+    "v, zero terminal SNR": {
+        "diffusion.prediction": "v",
+        "diffusion.zero_terminal_snr": True,
+        "train.loss_weight": "simple",
+    },
     "edm": {
         "diffusion.prediction": "edm",
         "diffusion.schedule": "edm",

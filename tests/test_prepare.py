@@ -55,7 +55,8 @@ def test_another_source_replaces_all_of_the_first(tiny, workspace: Path) -> None
     for i, colour in enumerate(colours):
         Path("own").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), tuple(map(int, colour))).save(f"own/{i:02d}.png")
-    prepare(tiny(**{"data.source": "own", "model.image_size": 16, "data.val_images": 10}))
+    shape = {"model.image_size": 16, "model.attention_resolutions": [8]}
+    prepare(tiny(**shape, **{"data.source": "own", "data.val_images": 10}))
     data = Dataset.load()
     assert data.image_shape == (3, 16, 16)
     assert data.images[:, 0, 0].equal(torch.from_numpy(colours))

@@ -72,8 +72,8 @@ def test_images_of_ones_own_run_through_every_stage(workspace: Path) -> None:
         picture = Path("photos", "ab"[i % 2], f"{i}.png")
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(picture)
-    shape = {"data.source": "photos", "model.image_size": 16, "model.image_channels": 1}
-    write_params(**shape, **{"evaluate.reference_images": 50})
+    shape = {"model.image_size": 16, "model.image_channels": 1, "model.attention_resolutions": [8]}
+    write_params(**shape, **{"data.source": "photos", "evaluate.reference_images": 50})
     run_all("download", "prepare", "reference", "train", "sample", "evaluate", "report")
     with np.load(paths.SAMPLES_NPZ) as archive:
         samples = archive["images"]
