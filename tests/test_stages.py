@@ -189,7 +189,7 @@ def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
         wait_for_checkpoint(3, first)
         result = run("train")
         assert result.exit_code == 2
-        assert f"another trainer (process {first.pid})" in result.output
+        assert f"another process ({first.pid}) is training here" in result.output
     finally:
         first.kill()
         first.communicate()

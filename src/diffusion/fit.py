@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import shutil
 import signal
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from diffusion import paths, tracking
@@ -23,6 +21,7 @@ from diffusion.ema import ema_decay
 from diffusion.errors import UserError
 from diffusion.export import save_model
 from diffusion.journal import NullTracker, Tracker
+from diffusion.locks import only_process
 from diffusion.mlflow_writer import SystemMetrics
 from diffusion.previews import write_previews
 from diffusion.progress import Record
@@ -56,6 +55,8 @@ def fit(params: Params) -> None:
         made_by = origin(params, device)
         tracker = _open_run(params, folder, data.digest, made_by) if world.is_main else NullTracker()
         with tracking.closing_status(tracker, "train"):
+            if world.is_main:
+                _describe(params, folder, tracker)
             _loop(trainer, tracker, stop)
             if world.is_main:
                 _draw_previews(trainer, tracker)
@@ -69,17 +70,8 @@ def only_trainer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds one of the two locks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths.TRAIN_LOCK.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        for lock in (folder / "lock", paths.TRAIN_LOCK):
-            owner = lock.with_suffix(".pid")
-            try:
-                held.enter_context(FileLock(lock, timeout=0))
-            except Timeout:
-                pid = owner.read_text().strip() if owner.exists() else "unknown"
-                raise UserError(f"another trainer (process {pid}) is at work here: wait for it, or stop it") from None
-            owner.write_text(f"{os.getpid()}\n")
+    work = "is training here"
+    with only_process(folder / "lock", work), only_process(paths.TRAIN_LOCK, work):
         yield
 
 
@@ -167,18 +159,21 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
 
 def _open_run(params: Params, folder: Path, data_digest: str, made_by: dict[str, str]) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
-    tracker = tracking.open_run(
+    return tracking.open_run(
         params.tracking,
         name=run_name(params),
         run_folder=folder,
         tags={"data.digest": data_digest, "fingerprint": folder.name, **made_by},
     )
+
+
+def _describe(params: Params, folder: Path, tracker: Tracker) -> None:
+    """The run gets the parameters, the whole of params.yaml, and which data it is of."""
     tracker.params(flat(trained(params)))
     tracker.dataset(**_described_data())
     whole = folder / paths.PARAMS.name
     write_yaml(params, whole)
     tracker.artifact(whole)
-    return tracker
 
 
 def _described_data() -> dict[str, str]:

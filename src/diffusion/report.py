@@ -79,10 +79,20 @@ def report(params: Params) -> None:
     Raises:
         UserError: an output of an earlier stage is missing or damaged.
     """
+    card = _read_json(paths.SAMPLES_CARD)
+    journal, known = paths.RUNS / card["fingerprint"] / JOURNAL, card | card.get("made_by", {})
+    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal, card=known)
+    with tracking.closing_status(tracker, "report"):
+        _write(params, paths.REPORT)
+        for path in sorted(paths.REPORT.iterdir()):
+            tracker.artifact(path, "report")
+
+
+def _write(params: Params, folder: Path) -> None:
     trained, evaluated = _read_json(paths.TRAIN_METRICS), _read_json(paths.EVALUATE_METRICS)
     scores = {name: value for name, value in evaluated.items() if name != "about"}
     real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
-    folder, diffusion = paths.REPORT, params.diffusion
+    diffusion = params.diffusion
     distances = {about["metric"] for about in evaluated["about"] if about.get("measure") == "frechet"}
     comparison = ", ".join(f"{name} {shown(scores[name])}" for name in sorted(distances & scores.keys()))
     schedule = configured_schedule(diffusion)
@@ -114,13 +124,6 @@ def report(params: Params) -> None:
         about=[_rows(details) for details in evaluated["about"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
-    card = _read_json(paths.SAMPLES_CARD)
-    journal = paths.RUNS / card["fingerprint"] / JOURNAL
-    known = card | card.get("made_by", {})
-    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal, card=known)
-    with tracking.closing_status(tracker, "report"):
-        for path in sorted(folder.iterdir()):
-            tracker.artifact(path, "report")
 
 
 def _copies(about: list[dict[str, Any]], real: np.ndarray, generated: np.ndarray) -> dict[str, Path]:
