@@ -246,7 +246,7 @@ def test_help_says_what_a_stage_does(stage: str) -> None:
 
 @pytest.mark.slow
 def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read back through MLflow's own client; train is stopped and resumed, the later stages run twice."""
+    """Read back through MLflow's own client; train, sample and evaluate run twice."""
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef0123456789abcdef")  # must have no effect
@@ -290,3 +290,17 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     version = client.get_model_version_by_alias("test", "champion")
     assert version.run_id == found.info.run_id
     assert float(version.tags["fd_lite0_12"]) == found.data.metrics["evaluate/fd_lite0_12"]
+
+    def fail(*_: object) -> None:
+        raise ValueError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion.report._write", fail)
+        with pytest.raises(ValueError, match="no room"):
+            run("report")
+    failed = client.get_run(found.info.run_id)
+    assert (failed.info.status, failed.data.tags["error"]) == ("FAILED", "ValueError: no room")
+    run_all("report")
+    again = client.get_run(found.info.run_id)
+    assert again.info.status == "FINISHED"
+    assert "error" not in again.data.tags
