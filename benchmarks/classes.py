@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from diffusion import sampling
 from diffusion.config import load, trained
 from diffusion.data import Dataset, real_images
+from diffusion.extraction import features_of_batch
 from diffusion.features import EfficientNetLite0
-from diffusion.metrics import Moments, frechet_distance
-from diffusion.parameterization import Denoiser
+from diffusion.metrics import Moments
 from diffusion.paths import CIFAR10_TEST, TRAIN_LABELS
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training import Trainer, train
@@ -45,13 +45,10 @@ def main(samples: int, steps: int | None) -> None:
             if record.step % 500 == 0:
                 click.echo(f"step {record.step} of {params.train.steps}", err=True)
     trainer.ema.net.load_state_dict(trainer.best)
-    denoiser = Denoiser(
-        trainer.ema.net.eval(), trainer.schedule, params.diffusion.prediction, dtype=trainer.dtype, clip_x0=True
-    )
     result: dict[str, Any] = {}
     for guidance in sampling.GUIDANCES:
         config = dataclasses.replace(params.sample, guidance=guidance)
-        drawn = torch.cat([*sampling.generate(denoiser, config, params.seed, range(samples), device)])
+        drawn = torch.cat([*sampling.generate(trainer.denoiser(), config, params.seed, range(samples), device)])
         labels = sampling.labels_of(config, params.model.num_classes, range(samples))
         assert labels is not None
         result[f"guidance {guidance:g}"] = judge(drawn, labels)
@@ -74,15 +71,15 @@ class Judge:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy and fd_lite0 of uint8 images (N, H, W, C)."""
-        features, real = self.features(images), self.real
-        ours = moments(features)
-        distance = frechet_distance(ours.mean, ours.cov, real.mean, real.cov)
+        features = self.features(images)
+        distance = moments(features).distance(self.real)
         return {"accuracy": self.accuracy(features, labels), "fd_lite0": round(distance, 1)}
 
     def features(self, images: Tensor) -> Tensor:
         """float32 (N, 1280)."""
-        batches = images.permute(0, 3, 1, 2).split(100)
-        return torch.cat([self.extractor(batch.to(self.device)).cpu() for batch in batches])
+        return torch.cat(
+            [features_of_batch(batch.numpy(), self.extractor, self.device).cpu() for batch in images.split(100)]
+        )
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Share of `features` that the classifier gives their label."""

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from diffusion.data import real_images
 from diffusion.extraction import features_of
 from diffusion.features import Inception
-from diffusion.metrics import frechet_distance
 from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
 
 CPU, BATCH = torch.device("cpu"), 64
@@ -31,7 +30,7 @@ def ours(weights: Path, sets: tuple[Tensor, Tensor]) -> Answer:
     """As the stages compute it."""
     extractor = Inception(weights)
     a, b = (features_of(x.permute(0, 2, 3, 1).numpy(), extractor, BATCH, CPU, "ours", keep=len(x)) for x in sets)
-    distance = frechet_distance(a.moments.mean, a.moments.cov, b.moments.mean, b.moments.cov)
+    distance = a.moments.distance(b.moments)
     return distance, [a.kept, b.kept]
 
 

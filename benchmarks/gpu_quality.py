@@ -22,12 +22,13 @@ from diffusion.config import Params, TrainedConfig, to_dict, trained
 from diffusion.data import Dataset
 from diffusion.export import load_model, save_model
 from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.metrics import Moments, frechet_distance
+from diffusion.fingerprint import fingerprint
+from diffusion.metrics import Moments
 from diffusion.metrics.names import metric_name
 from diffusion.parameterization import Denoiser
 from diffusion.runtime import resolve_precision
 from diffusion.schedules import configured_schedule
-from diffusion.training import MAX_BAD_STEPS, Trainer, fingerprint
+from diffusion.training import MAX_BAD_STEPS, Trainer
 
 UNTIL_FITTED = 10**9  # steps; the warm-up, which the first seconds are, does not depend on their number
 FIT_SECONDS = 5.0  # between two looks at the clock
@@ -275,7 +276,7 @@ def _score(part: Part, task: Task, extractor: Extractor, drawn: np.ndarray, refe
         count = config.inception_images if name == "fid" else config.reference_images
         references[name] = _moments(task.images[:count], extractor, config.batch_size, task.device)
     reference, found = references[name], _moments(drawn, extractor, config.batch_size, task.device)
-    value = frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
+    value = found.distance(reference)
     real = f"train[:{reference.count}]"
     about = {"value": value, "samples": found.count, "reference": real, "extractor": extractor.describe()}
     part.keep(scores={**part.entry["scores"], metric_name("frechet", name, found.count, "train"): about})

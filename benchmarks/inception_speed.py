@@ -25,7 +25,6 @@ from diffusion.data import real_images
 from diffusion.extraction import features_of, moments_of
 from diffusion.features import EfficientNetLite0, Extractor, Inception
 from diffusion.image_files import load_samples
-from diffusion.metrics import frechet_distance
 from diffusion.metrics.selftest import random_weights
 from diffusion.runtime import keep_freed_memory
 
@@ -126,7 +125,7 @@ def distances(count: int) -> dict[str, Any]:
     for precision in ("fp32", "bf16"):
         extractor = EfficientNetLite0(precision=precision)
         a, b = (moments_of(real_images(split)[:count], extractor, 64, CPU, split) for split in ("test", "train"))
-        values[precision] = round(frechet_distance(a.mean, a.cov, b.mean, b.cov), 2)
+        values[precision] = round(a.distance(b), 2)
     return values
 
 

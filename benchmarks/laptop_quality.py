@@ -20,8 +20,6 @@ from diffusion.config import Params, load, trained
 from diffusion.data import Dataset, real_images
 from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
-from diffusion.metrics import frechet_distance
-from diffusion.parameterization import Denoiser
 from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training import Trainer, train
@@ -90,14 +88,7 @@ def steps_per_second(trainer: Trainer) -> float:
 
 def draw(trainer: Trainer, params: Params) -> np.ndarray:
     """uint8 (SAMPLES, 32, 32, 3) from the EMA weights, as the sample stage makes them."""
-    denoiser = Denoiser(
-        trainer.ema.net,
-        trainer.schedule,
-        params.diffusion.prediction,
-        dtype=trainer.dtype,
-        clip_x0=params.sample.clip_x0,
-    )
-    batches = sampling.generate(denoiser, params.sample, params.seed, range(SAMPLES), trainer.device)
+    batches = sampling.generate(trainer.denoiser(), params.sample, params.seed, range(SAMPLES), trainer.device)
     return np.concatenate([batch.numpy() for batch in batches])
 
 
@@ -107,7 +98,7 @@ def score(samples: np.ndarray, params: Params) -> float:
     device = resolve_device(params.evaluate.device)
     reference = make_reference(real_images("train")[:REFERENCE], "train", extractor, batch_size, device)
     found = moments_of(samples, extractor, batch_size, device, "fd_lite0")
-    return frechet_distance(found.mean, found.cov, reference.mean, reference.cov)
+    return found.distance(reference)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from solvers import Scorer, configured
 
 from diffusion.config import flat, load, trained
 from diffusion.data import Dataset
-from diffusion.parameterization import Denoiser
 from diffusion.runtime import keep_freed_memory
 from diffusion.training import Trainer, train
 
@@ -87,12 +86,9 @@ def quality(overrides: Mapping[str, str], seed: int) -> dict[str, Any]:
                 click.echo(f"{dict(overrides)}, seed {seed}: step {record.step}", err=True)
     scorer = Scorer(params, CPU)
     trainer.ema.net.load_state_dict(trainer.best)
-    denoiser = Denoiser(
-        trainer.ema.net.eval(), trainer.schedule, params.diffusion.prediction, dtype=trainer.dtype, clip_x0=True
-    )
     scores = {
         f"{sampler}-{steps} {spacing}": round(
-            scorer(denoiser, configured(params.sample, sampler, spacing, steps), range(SAMPLES)), 1
+            scorer(trainer.denoiser(), configured(params.sample, sampler, spacing, steps), range(SAMPLES)), 1
         )
         for sampler, spacing, steps in SAMPLERS
     }

@@ -23,7 +23,6 @@ from diffusion.data import real_images
 from diffusion.export import load_denoiser, read_card
 from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
-from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
@@ -112,7 +111,7 @@ class Scorer:
         drawn = sampling.generate(denoiser, config, self.params.seed, indices, self.device)
         images = np.concatenate([batch.numpy() for batch in drawn])
         found = moments_of(images, self.extractor, self.params.evaluate.batch_size, self.device, "fd_lite0")
-        return frechet_distance(found.mean, found.cov, self.reference.mean, self.reference.cov)
+        return found.distance(self.reference)
 
 
 def kept(about: dict[str, Any], samples: int) -> dict[str, float]:

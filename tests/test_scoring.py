@@ -9,19 +9,20 @@ import torch
 from test_training import same
 from worlds import in_world
 
-from diffusion import scoring, training
+from diffusion import provenance, scoring
 from diffusion.config import TrainedConfig, trained
 from diffusion.data import Dataset
 from diffusion.distributed import World
 from diffusion.errors import UserError
 from diffusion.extraction import moments_of
+from diffusion.fingerprint import fingerprint
 from diffusion.metrics import frechet_distance
 from diffusion.parameterization import Denoiser
 from diffusion.previews import preview_config
 from diffusion.reference import Reference
 from diffusion.sampling import generate
 from diffusion.scoring import Scorer
-from diffusion.training import Trainer, fingerprint, train
+from diffusion.training import Trainer, train
 
 CPU = torch.device("cpu")
 ON = {"train.evaluate_every": 3, "train.evaluate_images": 7, "train.best_by": "fd_lite0"}
@@ -191,10 +192,8 @@ def test_what_is_scored_is_part_of_a_trainings_name_only_if_it_is(
 ) -> None:
     off, on = trained(tiny()), trained(tiny(**ON))
     before = fingerprint(off, "data"), fingerprint(on, "data")
-    original = training.code_digest
-    monkeypatch.setattr(
-        training, "code_digest", lambda path: original(path) + ("edited" if path.stem == "scoring" else "")
-    )
+    original, name = provenance.code_digest, "diffusion.fingerprint.code_digest"
+    monkeypatch.setattr(name, lambda path: original(path) + ("edited" if path.stem == "scoring" else ""))
     assert (fingerprint(off, "data") == before[0], fingerprint(on, "data") == before[1]) == (True, False)
     with pytest.raises(ValueError, match="nothing computes it"):
         Trainer(on, tiny_data, tmp_path, CPU)

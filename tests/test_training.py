@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion import checkpoint, training
 from diffusion.config import trained
 from diffusion.errors import UserError
+from diffusion.fingerprint import fingerprint
 from diffusion.runtime import compiled
-from diffusion.training import Trainer, fingerprint, train
+from diffusion.training import Trainer, train
 
 CPU = torch.device("cpu")
 
@@ -344,7 +345,7 @@ def test_the_fingerprint_changes_with_params_data_and_code(
         fingerprint(trained(tiny(seed=1)), "a"),
     }
     assert fingerprint(config, "a") in names
-    monkeypatch.setattr(training, "code_digest", lambda _: "edited")
+    monkeypatch.setattr("diffusion.fingerprint.code_digest", lambda _: "edited")
     names.add(fingerprint(config, "a"))
     assert len(names) == 5
     for same_training in ("sample.num_images", "train.processes", "train.micro_batch"):

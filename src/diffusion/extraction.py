@@ -74,6 +74,11 @@ def moments_of(
     return features_of(images, extractor, batch_size, device, what, world).moments
 
 
+def features_of_batch(images: np.ndarray, extractor: Extractor, device: torch.device) -> Tensor:
+    """Features (N, d) on `device`, where the extractor is, of uint8 (N, H, W, C) images (alpha is ignored)."""
+    return extractor(torch.from_numpy(rgb(images).copy()).to(device).permute(0, 3, 1, 2))
+
+
 def released(images: Images) -> Callable[[], None] | None:
     """What forgets the part of `images` that was read; None if nothing is mapped."""
     return releases(images) if isinstance(images, np.ndarray) else None
@@ -110,8 +115,7 @@ def _share(
     name = what if world.size == 1 else f"{what} (1 of {world.size} processes)"
     with tqdm(total=total, unit=" images", desc=name, mininterval=pace, disable=not world.is_main) as bar:
         for block, rows in mine:
-            batch = torch.from_numpy(rgb(images[rows.start : rows.stop]).copy()).to(device)
-            features = extractor(batch.permute(0, 3, 1, 2)).float().cpu().numpy()
+            features = features_of_batch(images[rows.start : rows.stop], extractor, device).float().cpu().numpy()
             found[block].update(features)
             if filled < len(kept):
                 part = features[: len(kept) - filled]

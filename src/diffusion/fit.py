@@ -20,6 +20,7 @@ from diffusion.distributed import joined
 from diffusion.ema import ema_decay
 from diffusion.errors import UserError
 from diffusion.export import save_model
+from diffusion.fingerprint import fingerprint
 from diffusion.journal import NullTracker, Tracker
 from diffusion.locks import only_process
 from diffusion.mlflow_writer import SystemMetrics
@@ -28,7 +29,7 @@ from diffusion.progress import Record
 from diffusion.provenance import origin
 from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.scoring import Scorer
-from diffusion.training import Trainer, fingerprint, train
+from diffusion.training import Trainer, train
 
 
 def fit(params: Params) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
 from diffusion.extraction import Extracted
-from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics import Moments
 from diffusion.metrics.frechet import frechet_at_infinity
 from diffusion.metrics.names import metric_name
 from diffusion.metrics.neighbours import COPY_QUANTILE, KID_SUBSETS, NEIGHBOURHOOD, copies, kid, precision_recall
@@ -98,7 +98,7 @@ class Judge:
         yield Measured("copies", {self._name("copies", len(found.kept)): of.share}, len(found.kept), details)
 
     def _distance(self, moments: Moments) -> float:
-        return frechet_distance(moments.mean, moments.cov, self.reference.mean, self.reference.cov)
+        return moments.distance(self.reference)
 
     def _features(self) -> Tensor:
         if self.reference.features is None:

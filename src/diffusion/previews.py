@@ -4,7 +4,6 @@ from pathlib import Path
 
 from diffusion import images, sampling
 from diffusion.config import SampleConfig, TrainConfig
-from diffusion.parameterization import Denoiser
 from diffusion.training import Trainer
 
 STRIP_IMAGES = 6
@@ -35,12 +34,8 @@ def preview_config(config: TrainConfig, images: int | None = None, batch_size: i
 def write_previews(trainer: Trainer, folder: Path) -> list[Path]:
     """Write step_<step>.png (a grid) and step_<step>_denoising.png (a strip) into `folder`."""
     config = preview_config(trainer.config.train)
-    denoiser = Denoiser(
-        trainer.ema.net, trainer.schedule, trainer.config.diffusion.prediction, dtype=trainer.dtype, clip_x0=True
-    )
-    frames = sampling.stages(
-        denoiser, config, trainer.config.seed, range(config.num_images), trainer.device, STRIP_COLUMNS
-    ).numpy()
+    seed, indices = trainer.config.seed, range(config.num_images)
+    frames = sampling.stages(trainer.denoiser(), config, seed, indices, trainer.device, STRIP_COLUMNS).numpy()
     name = f"step_{trainer.progress.step:06d}"
     grid, strip = folder / f"{name}.png", folder / f"{name}_denoising.png"
     images.save_png(images.grid(frames[-1], columns=8, scale=images.zoom(frames)), grid)

@@ -15,11 +15,10 @@ from diffusion import sampling
 from diffusion.config import TrainedConfig
 from diffusion.data import Dataset
 from diffusion.errors import UserError
+from diffusion.extraction import features_of_batch
 from diffusion.extractors import AGAIN
 from diffusion.features import EfficientNetLite0
-from diffusion.images import rgb
-from diffusion.metrics import Moments, frechet_distance
-from diffusion.parameterization import Denoiser
+from diffusion.metrics import Moments
 from diffusion.previews import preview_config
 from diffusion.reference import Reference, make_reference
 from diffusion.training import Trainer
@@ -41,13 +40,10 @@ class Scorer:
     def __call__(self, trainer: Trainer) -> float:
         world, count = trainer.world, self.config.evaluate_images
         config = preview_config(self.config, count, min(count, sampling.CPU_BATCH))
-        prediction = trainer.config.diffusion.prediction
-        denoiser = Denoiser(trainer.ema.net, trainer.schedule, prediction, dtype=trainer.dtype, clip_x0=config.clip_x0)
-        found, mine = Moments(self.extractor.dim), world.share(count)
+        found, mine, denoiser = Moments(self.extractor.dim), world.share(count), trainer.denoiser()
         for batch in sampling.generate(denoiser, config, trainer.config.seed, mine, self.device) if mine else ():
             for part in batch.split(BATCH):
-                images = torch.from_numpy(rgb(part.numpy()).copy()).to(self.device)
-                found.update(self.extractor(images.permute(0, 3, 1, 2)))
+                found.update(features_of_batch(part.numpy(), self.extractor, self.device))
         parts = world.gather(found)
         return float(world.broadcast(world.together(lambda: self._distance(parts) if parts else 0.0)))
 
@@ -74,5 +70,4 @@ class Scorer:
         total = Moments(self.extractor.dim)
         for part in parts:
             total.merge(part)
-        real = self.reference()
-        return frechet_distance(total.mean, total.cov, real.mean, real.cov)
+        return total.distance(self.reference())

@@ -2,12 +2,10 @@
 
 import contextlib
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import augment, checkpoint
-from diffusion.config import TrainedConfig, to_dict
+from diffusion.config import TrainedConfig
 from diffusion.data import Batches, Dataset, to_tensor
 from diffusion.distributed import ALONE, World, data_parallel
 from diffusion.ema import EMA, ema_decay
 from diffusion.loss import Loss
 from diffusion.optim import clipped_step, learning_rate, make_optimizer
+from diffusion.parameterization import Denoiser
 from diffusion.progress import Progress, Record, smoothed
-from diffusion.provenance import code_digest
 from diffusion.runtime import compiled, generator, resolve_precision, seeded, use_fast_kernels
 from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
-# Keys of the train section that say how the same steps are computed: a training may go on with others.
-HOW = ("micro_batch", "compile", "processes", "checkpoint_every")
-
-
-def fingerprint(config: TrainedConfig, data_digest: str) -> str:
-    """Names a training: same params (but HOW), data and code, same run folder. 16 hex digits."""
-    tree = to_dict(config)
-    for key in HOW:
-        del tree["train"][key]
-    identity = {"config": tree, "data": data_digest, "code": code_digest(Path(__file__))}
-    if config.train.evaluate_every:  # else nothing depends on it
-        identity["scoring"] = code_digest(Path(__file__).with_name("scoring.py"))
-    return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Trainer:
@@ -173,6 +158,11 @@ class Trainer:
         """Take the EMA weights of now for the ones to export."""
         self.progress.best_step = self.progress.step
         self.best = copy.deepcopy(self.ema.net.state_dict())
+
+    def denoiser(self) -> Denoiser:
+        """Of the EMA weights of now, clipping x0, in the training's precision; it shares their memory."""
+        prediction = self.config.diffusion.prediction
+        return Denoiser(self.ema.net, self.schedule, prediction, dtype=self.dtype, clip_x0=True)
 
     def save(self) -> None:
         """Checkpoint the state as it is now; all ranks call it, and rank 0 writes.

@@ -24,10 +24,10 @@ from diffusion.config import Params, flat, to_dict
 from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0
+from diffusion.fingerprint import fingerprint
 from diffusion.fit import StopRequest, only_trainer
 from diffusion.provenance import code_digest
 from diffusion.reference import Reference
-from diffusion.training import fingerprint
 from diffusion.tuning_report import Ledger, draw_figures
 from diffusion.tuning_space import read_space, trial_config
 from diffusion.tuning_study import SharedStudy, answering, shown, storage_url

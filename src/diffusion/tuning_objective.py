@@ -11,11 +11,11 @@ import torch
 
 from diffusion import paths
 from diffusion.config import Params
+from diffusion.extraction import features_of_batch
 from diffusion.features import EfficientNetLite0
-from diffusion.images import rgb
 from diffusion.loss import LOG_SIGMA_MEAN, LOG_SIGMA_STD
-from diffusion.metrics import Moments, frechet_distance
-from diffusion.parameterization import SIGMA_DATA, Denoiser
+from diffusion.metrics import Moments
+from diffusion.parameterization import SIGMA_DATA
 from diffusion.previews import preview_config
 from diffusion.process import column
 from diffusion.reference import Reference
@@ -65,9 +65,8 @@ def draw(trainer: Trainer, params: Params) -> torch.Tensor:
     config = preview_config(trainer.config.train)
     config = replace(config, num_images=params.tune.sample_images, batch_size=params.sample.batch_size)
     trainer.ema.net.load_state_dict(trainer.best)
-    prediction = trainer.config.diffusion.prediction
-    denoiser = Denoiser(trainer.ema.net, trainer.schedule, prediction, dtype=trainer.dtype, clip_x0=config.clip_x0)
-    return torch.cat([*generate(denoiser, config, trainer.config.seed, range(config.num_images), trainer.device)])
+    batches = generate(trainer.denoiser(), config, trainer.config.seed, range(config.num_images), trainer.device)
+    return torch.cat([*batches])
 
 
 def score(
@@ -80,8 +79,8 @@ def score(
     extractor.to(device)
     moments = Moments(extractor.dim)
     for batch in images.split(params.evaluate.batch_size):
-        moments.update(extractor(torch.from_numpy(rgb(batch.numpy()).copy()).to(device).permute(0, 3, 1, 2)))
-    return frechet_distance(moments.mean, moments.cov, reference.mean, reference.cov)
+        moments.update(features_of_batch(batch.numpy(), extractor, device))
+    return moments.distance(reference)
 
 
 @torch.inference_mode()

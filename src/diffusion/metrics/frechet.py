@@ -1,10 +1,21 @@
 """The Frechet distance between Gaussians: streaming float64 moments, the distance, its value for infinite samples."""
 
+from typing import Protocol
+
 import numpy as np
 from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.rules import INFINITY_ROWS
+
+
+class Gaussian(Protocol):
+    """Mean (d,) and covariance (d, d), float64."""
+
+    @property
+    def mean(self) -> np.ndarray: ...
+    @property
+    def cov(self) -> np.ndarray: ...
 
 
 class Moments:
@@ -50,6 +61,10 @@ class Moments:
         """Take all that `other` has seen."""
         if other.count:
             self._add(other.count, other.mean, other._scatter)
+
+    def distance(self, other: Gaussian) -> float:
+        """Frechet distance to `other`; raises UserError as `frechet_distance` and `cov` do."""
+        return frechet_distance(self.mean, self.cov, other.mean, other.cov)
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         total = self.count + count
