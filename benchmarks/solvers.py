@@ -72,7 +72,7 @@ def main(samples: int, full: bool, picture: Path | None) -> None:
 
 
 def runs(sample: SampleConfig) -> Iterator[SampleConfig]:
-    """Each solver and spacing with each number of evaluations; Heun's is odd, so it takes one less."""
+    """Each solver and spacing with each number of evaluations; Heun's takes up to two less, never more."""
     for count in EVALUATIONS:
         for sampler, spacing in SOLVERS:
             yield configured(sample, sampler, spacing, (count + 1) // 2 if sampler == "heun" else count)

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from diffusion import config
+from diffusion import config, samplers
 from diffusion.errors import UserError
+from diffusion.rules import doubtful
+from diffusion.schedules import configured_schedule
 from diffusion.unet import UNet
 
 RECIPES = sorted(REPO.glob("params/*.yaml"))
@@ -22,10 +24,88 @@ def test_the_laptop_recipe_is_the_default() -> None:
     assert (REPO / "params/laptop.yaml").read_text() == (REPO / "params.yaml").read_text()
 
 
-def test_the_paper_recipe_is_the_published_network() -> None:
-    params = config.load(REPO / "params/paper.yaml")
-    assert sum(p.numel() for p in UNet(params.model).parameters()) == 35_746_307
-    assert params.train.steps * params.train.batch_size == 102_400_000
+# What the papers print (Ho et al. 2020, section 4 and appendix B; Karras et al. 2022, table 7 and appendix F), and what
+# follows from it: parameters, images seen, network evaluations a sample.
+PUBLISHED: dict[str, tuple[int, int, int, dict[str, object]]] = {
+    "paper": (
+        35_746_307,
+        102_400_000,
+        1000,
+        {
+            "diffusion.schedule": "linear",
+            "diffusion.num_steps": 1000,
+            "diffusion.prediction": "eps",
+            "model.dropout": 0.1,
+            "train.batch_size": 128,
+            "train.lr": 2e-4,
+            "train.lr_schedule": "constant",
+            "train.warmup_steps": 5000,
+            "train.ema_decay": 0.9999,
+            "train.grad_clip": 1.0,
+            "train.loss_weight": "simple",
+            "train.timesteps": "uniform",
+            "train.flip": True,
+            "train.best_by": "last",
+            "sample.sampler": "ddpm",
+            "sample.variance": "fixed_large",
+            "sample.clip_x0": True,
+            "sample.num_images": 50_000,
+        },
+    ),
+    "edm": (
+        53_638_659,
+        200_000_000,
+        35,
+        {
+            "diffusion.schedule": "edm",
+            "diffusion.prediction": "edm",
+            "model.dropout": 0.13,
+            "model.augment": 0.12,
+            "train.batch_size": 512,
+            "train.lr": 1e-3,
+            "train.lr_schedule": "constant",
+            "train.warmup_steps": 10_000_000 // 512,
+            "train.ema_decay": round(0.5 ** (512 / 500_000), 5),
+            "train.loss_weight": "own",
+            "train.timesteps": "lognormal",
+            "train.best_by": "last",
+            "sample.sampler": "heun",
+            "sample.spacing": "karras",
+            "sample.steps": 18,
+            "sample.clip_x0": False,
+            "sample.num_images": 50_000,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_papers_recipe_is_what_the_paper_prints(name: str) -> None:
+    parameters, images, evaluations, keys = PUBLISHED[name]
+    params = config.load(REPO / f"params/{name}.yaml")
+    assert sum(p.numel() for p in UNet(params.model).parameters()) == parameters
+    assert params.train.steps * params.train.batch_size == images
+    assert samplers.evaluations(params.sample, configured_schedule(params.diffusion)) == evaluations
+    flat = config.flat(params)
+    assert {key: flat[key] for key in keys} == keys
+    assert not list(doubtful(params.sample, params.diffusion))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"sample.sampler": "ddpm", "sample.variance": "fixed_large", "sample.steps": 100}, "fixed_large leaves noise"),
+        ({"sample.sampler": "unipc", "sample.spacing": "uniform", "sample.steps": 10}, "uniform .* overshoots"),
+        ({"diffusion.prediction": "eps", "sample.clip_x0": False}, "the cosine schedule leaves so little signal"),
+        ({"sample.sampler": "heun", "sample.eta": 0.5}, "heun ignores it"),
+    ],
+    ids=str,
+)
+def test_a_doubtful_pair_is_one_line(overrides: dict[str, object], words: str) -> None:
+    params = config.load(REPO / "params.yaml", overrides)
+    (line,) = doubtful(params.sample, params.diffusion)
+    assert re.search(words, line)
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(
@@ -51,6 +131,15 @@ def test_the_paper_recipe_is_the_published_network() -> None:
         ({"sample.steps": 5000}, ["sample.steps = 5000", "diffusion.num_steps"]),
         ({"diffusion.zero_terminal_snr": True, "diffusion.prediction": "eps"}, ["zero_terminal_snr", "prediction eps"]),
         ({"diffusion.zero_terminal_snr": True, "train.loss_weight": "min_snr"}, ["zero_terminal_snr", "min_snr"]),
+        (
+            {"diffusion.zero_terminal_snr": True, "train.timesteps": "lognormal", "train.loss_weight": "own"},
+            ["lognormal"],
+        ),
+        (
+            {"model.num_classes": 10, "sample.guidance": 3.0, "train.label_dropout": 0.0},
+            ["guidance = 3", "label_dropout"],
+        ),
+        ({"model.num_classes": 10, "train.label_dropout": 1.0}, ["train.label_dropout = 1"]),
         ({"model.attention_resolutions": [5]}, ["model.attention_resolutions = 5", "[16, 8, 4]"]),
         ({"train.steps": 50}, ["train.warmup_steps = 100", "train.steps = 50"]),
         ({"sample.guidance": 2.0}, ["sample.guidance", "model.num_classes"]),

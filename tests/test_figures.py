@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from diffusion import figures
+from diffusion.config import DiffusionConfig
 from diffusion.schedules import SCHEDULES, make_schedule
 
 LOSSES = [{"step": 10.0 * i, "loss": 1.0 / i, "loss_smoothed": 1.1 / i} for i in range(1, 20)]
@@ -33,13 +34,19 @@ def test_a_loss_figure_without_values_can_be_drawn(tmp_path: Path, rows: list[di
     assert Image.open(tmp_path / "loss.png").size[0] > 500
 
 
-def test_the_schedules_figure_shows_alpha_bar_and_log_snr() -> None:
-    left, right = figures.schedules_figure(100, used="cosine").axes
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_schedules_figure_shows_alpha_bar_and_log_snr(zero: bool) -> None:
+    left, right = figures.schedules_figure(DiffusionConfig("cosine", 100, zero, "v")).axes
     for name in SCHEDULES:
-        label = f"{name} (this run)" if name == "cosine" else name
-        alpha_bar = make_schedule(name, 100).alphas_cumprod.numpy()
+        mine = name == "cosine"
+        label = f"{name} (this run)" if mine else name
+        alpha_bar = make_schedule(name, 100, zero_terminal_snr=zero and mine).alphas_cumprod.numpy()
         np.testing.assert_allclose(lines(left)[label][:, 1], alpha_bar)
-        np.testing.assert_allclose(lines(right)[label][:, 1], np.log(alpha_bar / (1 - alpha_bar)), rtol=1e-6)
+        last = 99 if zero and mine else 100
+        expected = np.log(alpha_bar[:last] / (1 - alpha_bar[:last]))
+        np.testing.assert_allclose(lines(right)[label][:last, 1], expected, rtol=1e-6)
+    assert float(lines(left)["cosine (this run)"][-1, 1] == 0.0) == zero
+    assert right.get_ylim()[0] > -40
 
 
 def test_the_noising_frames_are_the_forward_process() -> None:
@@ -67,6 +74,8 @@ def test_the_noising_figure_heads_every_column_with_t_and_alpha_bar() -> None:
     _, *heads = [text.get_text() for text in figure.texts]
     assert heads[0::2] == ["$x_0$", "$t=500$", "$t=999$"]
     assert heads[1::2] == [rf"$\bar\alpha={value}$" for value in ("1", "0.078", r"4\cdot10^{-5}")]
+    figure = figures.noising_figure(pictures, make_schedule("linear", 1000, zero_terminal_snr=True), columns=3)
+    assert figure.texts[-1].get_text() == r"$\bar\alpha=0$"
 
 
 def test_pictures_are_placed_without_resampling(tmp_path: Path) -> None:
@@ -83,5 +92,5 @@ def test_pictures_are_placed_without_resampling(tmp_path: Path) -> None:
 def test_equal_figures_are_equal_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name in ("a", "b"):
-        figures.schedules(50, tmp_path / f"{name}.png")
+        figures.schedules(DiffusionConfig("cosine", 50, False, "v"), tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffusion import config, interchange, interchange_layers
 from diffusion.errors import UserError
 from diffusion.export import save_model
+from diffusion.schedules import make_schedule
 from diffusion.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
@@ -130,13 +131,19 @@ def test_rescaled_betas_are_a_schedule_without_terminal_signal(trained_betas: bo
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours, rtol=1e-3, atol=1e-6)
 
 
+without_signal = make_schedule("linear", 1000, zero_terminal_snr=True).betas
+
+
 @pytest.mark.parametrize(
     ("scheduler", "words"),
     [
         ({"prediction_type": "flow"}, "prediction_type flow is none of epsilon, sample, v_prediction"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule scaled_linear cannot be read"),
         ({"beta_end": 0.03}, "the betas are those of no schedule"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr .* with prediction_type epsilon"),
+        ({"rescale_betas_zero_snr": True}, "no terminal signal and prediction_type epsilon"),
+        ({"trained_betas": without_signal.tolist()}, "no terminal signal and prediction_type epsilon"),
+        ({"num_train_timesteps": 0}, "diffusion.num_steps = 0 .* 2 to 100000"),
+        ({"num_train_timesteps": "many"}, "diffusion.num_steps = 'many' .* a whole number"),
     ],
     ids=str,
 )
@@ -154,6 +161,14 @@ def test_a_scheduler_that_is_none_of_ours_is_one_line(scheduler: dict[str, Any],
         ({"attn_norm_num_groups": 4}, "attn_norm_num_groups = 4; only None"),
         ({"layers_per_block": None}, "layers_per_block is missing"),
         ({"layers_per_block": 1}, "does not fit its config.json"),
+        ({"layers_per_block": [2, 2, 2]}, r"model.num_blocks = \[2, 2, 2\] is not allowed"),
+        ({"sample_size": [32, 16]}, r"sample_size = \[32, 16\]: only square images"),
+        ({"sample_size": "32"}, "sample_size = '32': only square images"),
+        ({"sample_size": 30}, "divides model.image_size = 30"),
+        ({"norm_num_groups": "none"}, "model.norm_groups = 'none' is not allowed"),
+        ({"dropout": 2.0}, "model.dropout = 2.0 is not allowed: it must be a number from 0 to 1"),
+        ({"num_class_embeds": 1}, "model.num_classes = 0 is not allowed"),
+        ({"out_channels": 6}, "out_channels = 6 is not in_channels"),
     ],
     ids=str,
 )
@@ -166,6 +181,14 @@ def test_a_network_of_another_kind_is_one_line(change: dict[str, Any], words: st
     with pytest.raises(UserError, match=words) as caught:
         interchange.read_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pair_of_equal_sizes_is_read(tmp_path: Path) -> None:
+    trained = small()
+    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    file = tmp_path / "unet/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": [32, 32]}))
+    assert interchange.read_pipeline(tmp_path)[0].config == trained.model
 
 
 def test_weights_that_nothing_reads_are_refused(tmp_path: Path) -> None:

@@ -83,18 +83,25 @@ class ByClass(nn.Module):
 
     image_shape, num_classes = (1, 2, 2), 10
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        self.batches.append(len(x))
         known = torch.full_like(t, -1) if labels is None else labels
         return known.float().view(-1, 1, 1, 1).expand_as(x)
 
 
 def test_guidance_goes_from_no_class_through_the_class() -> None:
     """Ho & Salimans 2022, eq. 6: (1 + w) of the class - w of none; here 4 and -1, and x0 is the network's output."""
-    denoiser = Denoiser(ByClass(), make_schedule("cosine", 10), "x0")
+    net = ByClass()
+    denoiser = Denoiser(net, make_schedule("cosine", 10), "x0")
     x_t, t, labels = torch.zeros(2, 1, 2, 2), torch.tensor([3, 3]), torch.tensor([4, 0])
     for guidance, expected in ((1.0, (4.0, 0.0)), (0.0, (-1.0, -1.0)), (3.0, (14.0, 2.0))):
         x0 = denoiser.of(labels, guidance)(x_t, t).x0
         torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor(expected))
+    assert net.batches == [2, 4, 4]  # both branches in one call
     assert float(denoiser(x_t, t).x0[0, 0, 0, 0]) == -1.0
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import images, paths
+from diffusion import config, images, paths
 from diffusion.errors import UserError
 from diffusion.report import report
+from diffusion.unet import UNet
 
 
 @pytest.fixture
-def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def outputs(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the earlier stages would have left, with a score whose name needs escaping."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
@@ -21,7 +22,8 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True)
     np.save(paths.TRAIN_IMAGES, pictures)
     np.savez(paths.SAMPLES_NPZ, images=pictures)
-    paths.SAMPLES_CARD.write_text(json.dumps({"fingerprint": "f", "run_id": None}))
+    trained = {section: config.to_dict(getattr(tiny(), section)) for section in ("diffusion", "model")}
+    paths.SAMPLES_CARD.write_text(json.dumps({"fingerprint": "f", "run_id": None, "trained": trained}))
     images.save_png(pictures[0], paths.SAMPLES / "denoising.png")
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
     images.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
@@ -81,3 +83,18 @@ def test_a_long_training_shows_six_steps_from_first_to_last(outputs: Path, tiny)
     shown = re.findall(r'alt="samples, step ([\d,]+)"', (paths.REPORT / "index.html").read_text())
     assert len(shown) == 6
     assert (shown[0], shown[-1]) == ("500", "40,000")
+
+
+def test_an_imported_models_page_is_of_its_own_network_and_shows_no_training(outputs: Path, tiny) -> None:
+    """params.yaml and what the last training left are of another network."""
+    other = tiny(**{"model.channels": 16, "model.head_channels": 16, "diffusion.schedule": "linear"})
+    trained = {section: config.to_dict(getattr(other, section)) for section in ("diffusion", "model")}
+    card = {"fingerprint": "f", "run_id": None, "weights": "imported", "trained": trained}
+    paths.SAMPLES_CARD.write_text(json.dumps(card))
+    report(tiny(**{"tracking.enabled": False}))
+    page = (paths.REPORT / "index.html").read_text()
+    parameters = sum(p.numel() for p in UNet(other.model).parameters())
+    for text in ("linear schedule, v prediction", f"<dt>parameters</dt><dd>{parameters:,}</dd>"):
+        assert text in page, text
+    for text in ("During training", "images seen", "Loss"):
+        assert text not in page, text

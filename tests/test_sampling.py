@@ -88,6 +88,13 @@ def test_stages_begin_with_noise_and_end_with_the_image(tiny, denoiser: Denoiser
     assert frames[0].equal(sampling.to_uint8(x_T))
 
 
+def test_more_steps_than_the_model_has_are_one_line(tiny, denoiser: Denoiser) -> None:
+    known = denoiser.schedule.num_steps
+    config = dataclasses.replace(tiny().sample, steps=known + 1)
+    with pytest.raises(UserError, match=f"sample.steps = {known + 1}: this model has {known} steps"):
+        next(iter(sampling.trajectory(denoiser, config, 0, range(1), CPU)))
+
+
 def test_a_model_comes_back_as_it_was_saved(tiny, tmp_path: Path) -> None:
     config = trained(tiny())
     net = UNet(config.model).eval()

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import checkpoint, training
+from diffusion import augment, checkpoint, training
 from diffusion.config import trained
+from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.fingerprint import fingerprint
+from diffusion.loss import Loss
 from diffusion.runtime import compiled
 from diffusion.training import Trainer, train
 
@@ -332,6 +334,44 @@ def test_compilation_is_for_long_trainings_on_cuda(
     net = torch.nn.Linear(1, 1)
     found = compiled(net, choice, torch.device(device), steps)
     assert found == (("compiled", net) if compiles else net)
+
+
+def test_the_network_is_told_the_class_of_all_images_but_the_dropped_ones(
+    tiny, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    overrides = {"model.num_classes": 10, "train.label_dropout": 0.3, "train.batch_size": 40}
+    trainer = Trainer(trained(tiny(**overrides)), tiny_data, tmp_path, torch.device("cpu"))
+    dropped = 0
+    for step in range(100):
+        trainer.progress.step = step
+        told, true = trainer._given("")["labels"], trainer.batches.labels(step)
+        assert told[told >= 0].tolist() == true[told >= 0].tolist()
+        dropped += int((told == -1).sum())
+    assert dropped / 4000 == pytest.approx(0.3, abs=0.03)  # four standard deviations
+
+
+def test_the_network_sees_augmented_images_and_is_told_what_was_done(
+    tiny, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images are augmented before the noise is added, and a model that is not asked to does neither."""
+    seen: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+    training_loss = Loss.training
+
+    def noting(self: Loss, net: Any, x0: torch.Tensor, *arguments: Any, **given: torch.Tensor) -> torch.Tensor:
+        seen.append((x0, given))
+        return training_loss(self, net, x0, *arguments, **given)
+
+    monkeypatch.setattr(Loss, "training", noting)
+    for probability in (0.0, 0.5):
+        config = trained(tiny(**{"model.augment": probability}))
+        trainer = Trainer(config, tiny_data, tmp_path / str(probability), torch.device("cpu"))
+        trainer.step()
+    (plain, nothing), (changed, told) = seen
+    assert nothing == {}
+    assert told["augment"].ne(0).any()
+    assert changed.ne(plain).any()
+    torch.testing.assert_close(changed, augment.applied(plain, told["augment"]))
+    assert trainer.net.augment_embedding.weight.grad.ne(0).any()  # type: ignore[union-attr]
 
 
 def test_the_fingerprint_changes_with_params_data_and_code(

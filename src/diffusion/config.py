@@ -234,6 +234,21 @@ def from_dict(tree: Mapping[str, Any]) -> Params:
     return params
 
 
+def checked_section(section: str, values: Mapping[str, Any]) -> Any:
+    """A section's dataclass from plain values of another file.
+
+    Raises:
+        UserError: params.yaml could not hold one of them, or one is missing; rules between keys are not looked at.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(get_type_hints(Params)[section]).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(_explain({**first, "loc": (section, *first["loc"])})) from None
+
+
 def trained(params: Params) -> TrainedConfig:
     """The part of params.yaml that a trained model depends on."""
     return TrainedConfig(params.seed, params.diffusion, params.model, params.train)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffusion import images, paths, sampling, tracking
 from diffusion.background import Background
-from diffusion.config import Params, SampleConfig, flat, to_dict
+from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
 from diffusion.distributed import World, joined
 from diffusion.export import load_denoiser, read_card
 from diffusion.journal import JOURNAL, NullTracker, Tracker
@@ -95,7 +95,7 @@ def _code() -> str:
 
 
 def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
-    for line in doubtful(params.sample):
+    for line in doubtful(params.sample, trained_from_dict(card["config"]).diffusion):
         print(f"warning: {line}", file=sys.stderr)
     return tracking.attach(params.tracking, card["run_id"], stage="sample", journal=run / JOURNAL, card=card)
 
@@ -182,6 +182,7 @@ def _write_outputs(
         "seed": params.seed,
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
         "made_by": {"name": card.get("name"), "origin": card.get("origin", {})},
+        "trained": {section: card["config"][section] for section in ("diffusion", "model")},
         "code": _code(),
     }
     paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Every chart of the project: the only module that imports matplotlib.
+"""Every chart of the project; diagrams.py, which draws with what is here, alone imports matplotlib too.
 
 Figures are built and drawn without pyplot, so nothing is global and no display is needed. A function NAME_figure
 returns the Figure; the function beside it writes it to a PNG file.
@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from diffusion import images as pictures
+from diffusion.config import DiffusionConfig
 from diffusion.data import to_tensor, to_uint8
 from diffusion.process import q_sample
-from diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule
+from diffusion.schedules import SCHEDULES, NoiseSchedule, configured_schedule, make_schedule
 
 DPI = 144
 INK, FAINT, GRID = "#1f2328", "#59636e", "#e3e6ea"
@@ -69,26 +70,28 @@ def distance_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def schedules_figure(num_steps: int, used: str | None = None) -> Figure:
-    """alpha-bar and log-SNR over t for every noise schedule; `used` names the one that this run has."""
+def schedules_figure(used: DiffusionConfig) -> Figure:
+    """alpha-bar and log-SNR over t for every noise schedule with as many steps as `used`, whose own is marked."""
     figure = Figure(figsize=(7.5, 3.6), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
     style(left, "Signal left in $x_t$", "diffusion step $t$", r"$\bar\alpha_t$")
     style(right, "Signal-to-noise ratio", "diffusion step $t$", r"log SNR $= \ln\,\bar\alpha_t / (1 - \bar\alpha_t)$")
     for name, colour, line in zip(SCHEDULES, LINE_COLOURS, LINE_STYLES, strict=False):
-        alpha_bar = make_schedule(name, num_steps).alphas_cumprod.numpy()
-        log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
-        label = f"{name} (this run)" if name == used else name
-        width = 2.4 if name == used else 1.5
+        mine = name == used.schedule
+        schedule = configured_schedule(used) if mine else make_schedule(name, used.num_steps)
+        alpha_bar = schedule.alphas_cumprod.numpy()
+        with np.errstate(divide="ignore"):  # without terminal signal it ends at minus infinity, which is not drawn
+            log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+        label = f"{name} (this run)" if mine else name
         for axes, values in ((left, alpha_bar), (right, log_snr)):
-            axes.plot(np.arange(num_steps), values, line, color=colour, linewidth=width, label=label)
+            axes.plot(np.arange(len(values)), values, line, color=colour, linewidth=2.4 if mine else 1.5, label=label)
     legend(right, "lower left")
     return figure
 
 
-def schedules(num_steps: int, path: Path, used: str | None = None) -> None:
+def schedules(used: DiffusionConfig, path: Path) -> None:
     """Write `schedules_figure` to `path`."""
-    save(schedules_figure(num_steps, used), path)
+    save(schedules_figure(used), path)
 
 
 def noising_frames(
@@ -260,8 +263,10 @@ def write_text(
 
 def _short(alpha_bar: float) -> str:
     """alpha-bar in TeX with three decimals, or as a power of ten where those would be zeros."""
+    if alpha_bar in (0.0, 1.0):
+        return f"{alpha_bar:.0f}"
     if alpha_bar >= 0.0005:
-        return f"{alpha_bar:.3f}" if alpha_bar < 1 else "1"
+        return f"{alpha_bar:.3f}"
     mantissa, exponent = f"{alpha_bar:.0e}".split("e")
     return rf"{mantissa}\cdot10^{{{int(exponent)}}}"
 

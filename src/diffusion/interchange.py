@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusion import paths
-from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, load, trained
+from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, checked_section, load, trained
 from diffusion.errors import UserError
 from diffusion.export import load_model, save_model
 from diffusion.interchange_layers import joined, layers, split
+from diffusion.rules import broken_model
 from diffusion.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.unet import UNet
 
@@ -46,6 +47,7 @@ UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their
 }
 SHAPE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
 DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
+    "out_channels": 3,
     "center_input_sample": False,
     "time_embedding_type": "positional",
     "freq_shift": 0,
@@ -159,28 +161,51 @@ def model_config(unet: dict[str, Any]) -> ModelConfig:
     if missing := [key for key in SHAPE if unet.get(key) is None]:
         raise UserError(f"config.json: {missing[0]} is missing")
     widths, kinds = unet["block_out_channels"], unet["down_block_types"]
+    size, classes = _side(unet["sample_size"]), unet["num_class_embeds"]
+    if unet["out_channels"] != unet["in_channels"]:
+        raise UserError(f"config.json: out_channels = {unet['out_channels']!r} is not in_channels: cannot be read")
     if any(width % widths[0] for width in widths) or not set(kinds) <= {"DownBlock2D", "AttnDownBlock2D"}:
         raise UserError(f"config.json: levels {kinds} of {widths} channels cannot be read")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(kinds)]
     for key, value in {**UNET_FIXED, "up_block_types": mirrored}.items():
         if unet[key] != value:
             raise UserError(f"config.json: {key} = {unet[key]!r}; only {value!r} can be read")
-    return ModelConfig(
-        image_size=unet["sample_size"],
-        image_channels=unet["in_channels"],
-        patch_size=1,
-        channels=widths[0],
-        multipliers=tuple(width // widths[0] for width in widths),
-        num_blocks=unet["layers_per_block"],
-        attention_resolutions=tuple(unet["sample_size"] // 2**i for i, kind in enumerate(kinds) if "Attn" in kind),
-        head_channels=unet["attention_head_dim"],
-        upsample="conv",
-        downsample="same" if unet["downsample_padding"] == 0 else "symmetric",
-        norm_groups=unet["norm_num_groups"],
-        dropout=unet["dropout"],
-        num_classes=unet["num_class_embeds"] - 1 if unet["num_class_embeds"] else None,
-        augment=0.0,
-    )
+    values = {
+        "image_size": size,
+        "image_channels": unet["in_channels"],
+        "patch_size": 1,
+        "channels": widths[0],
+        "multipliers": [width // widths[0] for width in widths],
+        "num_blocks": unet["layers_per_block"],
+        "attention_resolutions": [size // 2**i for i, kind in enumerate(kinds) if "Attn" in kind],
+        "head_channels": unet["attention_head_dim"],
+        "upsample": "conv",
+        "downsample": "same" if unet["downsample_padding"] == 0 else "symmetric",
+        "norm_groups": unet["norm_num_groups"],
+        "dropout": unet["dropout"],
+        "num_classes": classes - 1 if isinstance(classes, int) else classes,
+        "augment": 0.0,
+    }
+    model: ModelConfig = _checked("config.json", "model", values)
+    for problem in broken_model(model):
+        raise UserError(f"config.json: {problem}")
+    return model
+
+
+def _side(sample_size: Any) -> int:
+    """Of square images: a number, or diffusers' pair of equal ones."""
+    sides = {*sample_size} if isinstance(sample_size, list) else {sample_size}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        raise UserError(f"config.json: sample_size = {sample_size!r}: only square images can be read")
+    return side
+
+
+def _checked(file: str, section: str, values: dict[str, Any]) -> Any:
+    """As a section of params.yaml: another file's values must be what that may hold."""
+    try:
+        return checked_section(section, values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
@@ -209,23 +234,25 @@ def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
         UserError: the betas are those of no schedule here.
     """
     num_steps = scheduler.get("num_train_timesteps", 1000)
-    betas = scheduler.get("trained_betas")
-    if betas is None:
-        betas = _named_betas(scheduler, num_steps)
     predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
     predicted = scheduler.get("prediction_type", "epsilon")
     if predicted not in predictions:
         raise UserError(f"scheduler_config.json: prediction_type {predicted} is none of {', '.join(predictions)}")
     prediction = predictions[predicted]
+    about = {"schedule": "linear", "num_steps": num_steps, "zero_terminal_snr": False, "prediction": prediction}
+    ours: DiffusionConfig = _checked("scheduler_config.json", "diffusion", about)
+    betas = scheduler.get("trained_betas")
+    if betas is None:
+        betas = _named_betas(scheduler, num_steps)
     if scheduler.get("rescale_betas_zero_snr"):  # twice changes nothing
-        if prediction == "eps":
-            raise UserError("scheduler_config.json: rescale_betas_zero_snr cannot be read with prediction_type epsilon")
         betas = without_terminal_signal(np.asarray(betas, dtype=np.float64))
     for name in SCHEDULES:
         for zero in (False, True):
-            ours = make_schedule(name, num_steps, zero_terminal_snr=zero).betas.numpy()
-            if len(betas) == len(ours) and np.allclose(betas, ours, rtol=1e-5, atol=1e-9):
-                return DiffusionConfig(name, num_steps, zero, prediction)  # type: ignore[arg-type]
+            known = make_schedule(name, num_steps, zero_terminal_snr=zero).betas.numpy()
+            if len(betas) == len(known) and np.allclose(betas, known, rtol=1e-5, atol=1e-9):
+                if zero and prediction == "eps":
+                    raise UserError(f"scheduler_config.json: no terminal signal and prediction_type {predicted}")
+                return replace(ours, schedule=name, zero_terminal_snr=zero)  # type: ignore[arg-type]
     raise UserError("scheduler_config.json: the betas are those of no schedule that this project has")
 
 

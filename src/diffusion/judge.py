@@ -27,6 +27,7 @@ def judge(params: Params) -> None:
     with joined(params.evaluate.device) as (world, _), contextlib.ExitStack() as held:
         about = world.together(_read_card)
         drawn_with, code, made_by = about.pop("config"), about.pop("code", None), about.pop("made_by", {})
+        about.pop("trained", None)  # the model's card has it
         run = paths.RUNS / about["fingerprint"]
         lock = only_process(run / "evaluate.lock", "is scoring these samples")
         world.together(lambda: held.enter_context(lock) if world.is_main else None)

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from diffusion import diagrams, figures, paths, sampling, tracking
-from diffusion.config import Params
+from diffusion.config import DiffusionConfig, ModelConfig, Params, section_from_dict
 from diffusion.data import real_images
 from diffusion.errors import UserError
 from diffusion.image_files import load_samples
@@ -52,8 +52,10 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 <h2>{{ title }}</h2>
 <img src="{{ picture }}" alt="{{ title }}">
 {% endfor %}
+{% if previews %}
 <h2>During training</h2>
 <p>Samples of the averaged weights from the same noise, and stages of their denoising.</p>
+{% endif %}
 {% for kind, row in previews %}
 <div class="row">
 {% for name, picture in row %}
@@ -83,34 +85,30 @@ def report(params: Params) -> None:
     journal, known = paths.RUNS / card["fingerprint"] / JOURNAL, card | card.get("made_by", {})
     tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal, card=known)
     with tracking.closing_status(tracker, "report"):
-        _write(params, paths.REPORT)
+        _write(card, paths.REPORT)
         for path in sorted(paths.REPORT.iterdir()):
             tracker.artifact(path, "report")
 
 
-def _write(params: Params, folder: Path) -> None:
-    trained, evaluated = _read_json(paths.TRAIN_METRICS), _read_json(paths.EVALUATE_METRICS)
+def _write(card: dict[str, Any], folder: Path) -> None:
+    """All of report/; network and schedule are the ones of the model that drew, which params.yaml may not have."""
+    evaluated, imported = _read_json(paths.EVALUATE_METRICS), card.get("weights") == "imported"
     scores = {name: value for name, value in evaluated.items() if name != "about"}
     real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
-    diffusion = params.diffusion
+    diffusion, net = _made_with(card)
     distances = {about["metric"] for about in evaluated["about"] if about.get("measure") == "frechet"}
     comparison = ", ".join(f"{name} {shown(scores[name])}" for name in sorted(distances & scores.keys()))
-    schedule = configured_schedule(diffusion)
-    figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
-    if fd_rows := _read_csv(paths.FD_CSV):
-        figures.save(figures.distance_figure(fd_rows), folder / "fd_lite0.png")
-    figures.schedules(diffusion.num_steps, folder / "schedules.png", used=diffusion.schedule)
-    figures.noising_strip(real[:NOISED_IMAGES], schedule, folder / "noising.png")
+    figures.schedules(diffusion, folder / "schedules.png")
+    figures.noising_strip(real[:NOISED_IMAGES], configured_schedule(diffusion), folder / "noising.png")
     figures.save(diagrams.schedules_noising_figure(real[0], diffusion.num_steps), folder / "noising_by_schedule.png")
-    figures.save(diagrams.unet_figure(UNet(params.model)), folder / "unet.png")
+    figures.save(diagrams.unet_figure(net), folder / "unet.png")
     figures.comparison(real, generated, comparison, folder / "real_and_generated.png")
     pictures = {
         "Real and generated": folder / "real_and_generated.png",
         **_copies(evaluated["about"], real, generated),
         "From noise to image": paths.SAMPLES / "denoising.png",
         **_of_classes(),
-        "Loss": folder / "loss.png",
-        **({"fd_lite0 during training": folder / "fd_lite0.png"} if fd_rows else {}),
+        **({} if imported else _curves(folder)),
         "The forward process": folder / "noising.png",
         "Noise schedules": folder / "schedules.png",
         "Noise by schedule": folder / "noising_by_schedule.png",
@@ -118,12 +116,37 @@ def _write(params: Params, folder: Path) -> None:
     }
     page = PAGE.render(
         summary=f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {len(generated):,} samples",
-        headline=_headline(scores, trained),
+        headline=[
+            *((name, shown(value)) for name, value in scores.items()),
+            *([] if imported else _of_training(_read_json(paths.TRAIN_METRICS))),
+            ("parameters", f"{sum(p.numel() for p in net.parameters()):,}"),
+        ],
         pictures=[(title, _embedded(path)) for title, path in pictures.items()],
-        previews=_previews(),
+        previews=[] if imported else _previews(),
         about=[_rows(details) for details in evaluated["about"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _made_with(card: dict[str, Any]) -> tuple[DiffusionConfig, UNet]:
+    """The diffusion section and the network, with weights of no meaning, of the model that drew the samples."""
+    try:
+        trained = card["trained"]
+        return section_from_dict(DiffusionConfig, trained["diffusion"]), UNet(
+            section_from_dict(ModelConfig, trained["model"])
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{paths.SAMPLES_CARD} does not fit this version ({error}): run `dvc repro`") from None
+
+
+def _curves(folder: Path) -> dict[str, Path]:
+    """How the training went."""
+    figures.loss_curve(_read_csv(paths.LOSS_CSV), _read_csv(paths.VAL_LOSS_CSV), folder / "loss.png")
+    found = {"Loss": folder / "loss.png"}
+    if rows := _read_csv(paths.FD_CSV):
+        found["fd_lite0 during training"] = folder / "fd_lite0.png"
+        figures.save(figures.distance_figure(rows), folder / "fd_lite0.png")
+    return found
 
 
 def _copies(about: list[dict[str, Any]], real: np.ndarray, generated: np.ndarray) -> dict[str, Path]:
@@ -148,14 +171,12 @@ def _of_classes() -> dict[str, Path]:
     return {title: path for title, path in titles.items() if path.exists()}
 
 
-def _headline(scores: dict[str, float], trained: dict[str, Any]) -> list[tuple[str, str]]:
+def _of_training(trained: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        *((name, shown(value)) for name, value in scores.items()),
         ("best validation loss", f"{trained['best_val_loss']:.4f}"),
         ("images seen", f"{trained['images_seen']:,}"),
         ("images per second", f"{trained['images_per_second']:,.0f}"),
         ("training time", f"{trained['train_seconds'] / 60:.1f} min"),
-        ("parameters", f"{trained['parameters']:,}"),
     ]
 
 

@@ -4,32 +4,46 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusion.config import Params, SampleConfig
+    from diffusion.config import DiffusionConfig, ModelConfig, Params, SampleConfig
 
-FEW_STEPS = 500
+FEW_STEPS = 500  # for fixed_large
+COARSE_STEPS = 50  # for multistep solvers that end with a long step
 DIMS = {"fid": 2048, "fd_lite0": 1280}  # features of an image, by the distance in their space
 INFINITY_ROWS = 5  # samples a feature, at least, for the distance at infinity (metrics/frechet.py says why)
 
 
 def broken(params: "Params") -> Iterator[str]:
     """One line for each rule that `params` break: the keys, and what to do."""
-    yield from _model(params)
-    yield from _sampling(params)
+    yield from broken_model(params.model)
+    yield from _diffusion(params)
+    yield from _classes(params)
     yield from _rest(params)
     yield from _evaluation(params)
 
 
-def doubtful(sample: "SampleConfig") -> Iterator[str]:
-    """One line for each pair of keys that is allowed and known to work badly."""
+def doubtful(sample: "SampleConfig", diffusion: "DiffusionConfig") -> Iterator[str]:
+    """One line for each pair of keys that is allowed and known to work badly, or to do nothing."""
     if sample.sampler == "ddpm" and sample.variance == "fixed_large" and sample.steps < FEW_STEPS:
         yield (
             f"sample.variance = fixed_large leaves noise in the images with {sample.steps} steps (published for 100: "
             "FID 46.5 against 11.2 with fixed_small)"
         )
+    if sample.sampler in ("dpmpp_2m", "unipc") and sample.spacing == "uniform" and sample.steps < COARSE_STEPS:
+        yield (
+            f"sample.spacing = uniform makes the last step of {sample.sampler} so long that it overshoots with "
+            f"{sample.steps} steps: use trailing"
+        )
+    if diffusion.prediction == "eps" and diffusion.schedule != "linear" and not sample.clip_x0:
+        yield (
+            f"sample.clip_x0 = false: the {diffusion.schedule} schedule leaves so little signal at its end that errors "
+            "of eps become huge errors of x0; only clipping bounds them"
+        )
+    if sample.eta and sample.sampler != "ddim":
+        yield f"sample.eta = {sample.eta:g} is of ddim alone: {sample.sampler} ignores it"
 
 
-def _model(params: "Params") -> Iterator[str]:
-    model = params.model
+def broken_model(model: "ModelConfig") -> Iterator[str]:
+    """The rules of the model section by itself."""
     if not model.multipliers:
         yield "model.multipliers is empty: give one whole number a level, for example [1, 2, 2]"
         return
@@ -51,7 +65,7 @@ def _model(params: "Params") -> Iterator[str]:
             )
 
 
-def _sampling(params: "Params") -> Iterator[str]:
+def _diffusion(params: "Params") -> Iterator[str]:
     num_steps = params.diffusion.num_steps
     for key, steps in (("sample.steps", params.sample.steps), ("train.preview_steps", params.train.preview_steps)):
         if steps > num_steps:
@@ -63,7 +77,22 @@ def _sampling(params: "Params") -> Iterator[str]:
             "train.loss_weight = min_snr gives no weight to the step without signal that diffusion.zero_terminal_snr "
             "makes, where sampling begins: use simple or own"
         )
-    classes, sample = params.model.num_classes, params.sample
+    if params.diffusion.zero_terminal_snr and params.train.timesteps == "lognormal":
+        yield (
+            "train.timesteps = lognormal never draws the step without signal that diffusion.zero_terminal_snr makes, "
+            "where sampling begins: use stratified or uniform"
+        )
+
+
+def _classes(params: "Params") -> Iterator[str]:
+    classes, sample, dropout = params.model.num_classes, params.sample, params.train.label_dropout
+    if classes is not None and sample.guidance != 1.0 and dropout == 0.0:
+        yield (
+            f"sample.guidance = {sample.guidance:g} needs a network that knows images without a class: set "
+            "train.label_dropout above 0 (0.1 is usual), or guidance to 1"
+        )
+    if classes is not None and dropout == 1.0:
+        yield "train.label_dropout = 1 hides every class from the network: lower it"
     if classes is None and (sample.guidance != 1.0 or sample.labels != "balanced"):
         yield "sample.guidance and sample.labels need classes: set model.num_classes (CIFAR-10: 10)"
     if classes is not None and sample.labels != "balanced" and not all(label < classes for label in sample.labels):

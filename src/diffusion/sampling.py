@@ -31,7 +31,13 @@ def trajectory(
     indices: Sequence[int],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """X after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last."""
+    """X after each step for the images `indices`, (B, C, H, W) float32; the start x_T comes first, x0 last.
+
+    Raises:
+        UserError: the model has fewer steps than `sample.steps`, or see `labels_of`.
+    """
+    if config.steps > (known := denoiser.schedule.num_steps):
+        raise UserError(f"sample.steps = {config.steps}: this model has {known} steps, so give at most that")
     noise = standard_normals(seed, indices, denoiser.image_shape, device)
     timesteps = sampling_timesteps(config.spacing, denoiser.schedule, config.steps)
     labels = labels_of(config, denoiser.num_classes, indices)

@@ -118,7 +118,7 @@ def without_terminal_signal(betas: np.ndarray) -> np.ndarray:
 def sampling_timesteps(spacing: str, schedule: NoiseSchedule, count: int) -> Tensor:
     """int64 (count,), descending: the steps of `schedule` that a sampler of `count` steps visits.
 
-    uniform: evenly from the last to 0; quadratic: even in sqrt(t), dense near 0 (Song et al. 2021, section 5.2, with
+    uniform: evenly from the last to 0; quadratic: even in sqrt(t), dense near 0 (Song et al. 2021, appendix D.2, with
     the last step kept); trailing: evenly, ending at the last step (Lin et al. 2023, table 2); logsnr: even in
     log(a / s) (Lu et al. 2022, DPM-Solver, section 3.3); karras: even in sigma^(1/7) with sigma = s / a (Karras et al.
     2022, eq. 5). The last two begin where sigma is SIGMA_MAX, if the schedule goes beyond: cosine's ends at 20,000.
