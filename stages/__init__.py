@@ -39,7 +39,7 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             click.secho(f"error: {error.strerror}{place}: put that right; what is done is kept", fg="red", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
-            click.secho(str(error) or "stopped; `dvc repro` starts this stage anew", fg="yellow", err=True)
+            click.secho(str(error) or "stopped; the same command starts this stage anew", fg="yellow", err=True)
             sys.exit(130)
 
     file = click.Path(dir_okay=False, path_type=Path)

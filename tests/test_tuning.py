@@ -23,7 +23,7 @@ from diffusion import config, paths, training, tuning, tuning_apply, tuning_tria
 from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.fit import StopRequest
-from diffusion.journal import Tracker
+from diffusion.journal import NullTracker, Tracker
 from diffusion.progress import Record
 from diffusion.reference import Reference
 from diffusion.training import Trainer
@@ -203,6 +203,24 @@ def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Calla
         shared.study.ask()
     tuning.tune(params)
     assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert len({row["train.lr"] for row in table()[1:]}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_other(
+    place: Path, tiny: Callable[..., config.Params], sampler: str
+) -> None:
+    """The second trial, of which params.yaml does not know the values."""
+    params = tiny(**TUNE | {"tune.trials": 4, "tune.sampler": sampler})
+    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+    first, second = shared.claim(), shared.claim()
+    assert first
+    assert second
+    for trial in (first, second):
+        trial.set_user_attr("pid", "999999999")
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    complete = [row for row in table() if row["state"] == "COMPLETE"]
+    assert len(complete) == len({row["train.lr"] for row in complete}) == 4
 
 
 def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
@@ -349,7 +367,11 @@ def test_the_store_is_in_wal_mode_with_heartbeats(
     [
         ({"tune.workers": 5}, "", ["tune.workers = 5", "more than 4", "postgresql://"]),
         ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://me:***@host/db", "neither", "postgresql://"]),
-        ({}, "redis://host", ["redis://host", "neither"]),
+        ({}, "redis://host", ["OPTUNA_STORAGE = redis://host", "neither"]),
+        ({}, "sqlite://", ["OPTUNA_STORAGE = sqlite://", "names no file"]),
+        ({"tune.storage": "sqlite:///:memory:"}, "", ["tune.storage = sqlite:", "names no file"]),
+        ({"tune.storage": "a secret place"}, "", ["tune.storage = what is no URL", "postgresql://"]),
+        ({"tune.storage": "mysql://me:se/secret@host/db?password=secret"}, "", ["mysql://me:***@host/db is neither"]),
     ],
     ids=str,
 )
@@ -418,6 +440,55 @@ def test_best_is_the_least_of_the_table_and_goes_into_params(
     assert tuning_apply.apply(paths.BEST_YAML, file) == ""
 
 
+def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
+    """Lists in block style, a linked file, and what is not named."""
+    file, best = tmp_path / "mine/params.yaml", tmp_path / "best.yaml"
+    file.parent.mkdir()
+    text = (REPO / "params.yaml").read_text().replace("multipliers: [1, 2, 2]  #", "multipliers:  #")
+    text = text.replace("  num_blocks:", "  - 1\n  - 2\n  - 2\n  num_blocks:")
+    file.write_text(text)
+    (tmp_path / "params.yaml").symlink_to(file)
+    best.write_text("train:\n  lr: 1.0e-05\n  flip: false\nmodel:\n  head_channels: null\n")
+    difference = tuning_apply.apply(best, tmp_path / "params.yaml")
+    assert (tmp_path / "params.yaml").is_symlink()
+    changed = [line for line in difference.splitlines() if line.startswith("+ ")]
+    assert [line.split("  #")[0] for line in changed] == ["+  head_channels: null", "+  lr: 1e-05", "+  flip: false"]
+    params = config.load(file)
+    assert (params.train.lr, params.train.flip, params.model.head_channels) == (1e-5, False, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- 1\n", "cannot be read"),
+        ("train: 3\n", "cannot be read"),
+        ("train: [", "cannot be read"),
+        ("trian:\n  lr: 1\n", "trian.lr, which is no key"),
+    ],
+)
+def test_best_values_that_are_none_are_one_line(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "best.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        tuning_apply.apply(tmp_path / "best.yaml", REPO / "params.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_best_values_of_another_recipe_are_warned_of(
+    place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "params.yaml"
+    file.write_text((REPO / "params.yaml").read_text())
+    params = config.load(file, TUNE | {"tune.space": config.load(file).tune.space})
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    capsys.readouterr()
+    for _ in range(2):  # applying them does not make it another recipe
+        tuning_apply.apply(paths.BEST_YAML, file)
+        assert capsys.readouterr().err == ""
+    file.write_text((REPO / "params/gpu.yaml").read_text())
+    tuning_apply.apply(paths.BEST_YAML, file)
+    assert "was found for another recipe" in capsys.readouterr().err
+
+
 def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None:
     file, best = tmp_path / "params.yaml", tmp_path / "best.yaml"
     file.write_text((REPO / "params.yaml").read_text())
@@ -440,6 +511,7 @@ def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None
         {"tune.space": SPACE | {"diffusion.schedule": ["cosine"]}},
         {"train.ema_decay": 0.5},
         {"tune.images_per_trial": 64},
+        {"train.steps": 9, "train.validate_every": 9},  # of which a trial's warm-up is a share
         {"seed": 1},
     ],
     ids=lambda change: next(iter(change)),
@@ -455,7 +527,8 @@ def test_applying_the_best_values_or_searching_otherwise_keeps_the_study(
 ) -> None:
     searched = {"train.lr": 1e-5, "train.lr_schedule": "constant", "diffusion.schedule": "sigmoid"}
     how = {"tune.trials": 9, "tune.workers": 3, "tune.sampler": "gp", "tune.pruner": "median", "tune.storage": "x"}
-    names = {name_of(tiny(**TUNE | values)) for values in ({}, searched, how, {"tune.seed": 4})}
+    no_settings = {"train.log_every": 3, "train.checkpoint_every": 3, "train.processes": 2}
+    names = {name_of(tiny(**TUNE | values)) for values in ({}, searched, how, {"tune.seed": 4}, no_settings)}
     assert len(names) == 1
     reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
     assert tuning.study_name(tiny(**TUNE), "other data", reference) not in names
@@ -471,7 +544,7 @@ def test_divergence_prunes_with_the_reason(
         made.append(trainer.folder)
         if len(made) == 1:
             if kind == "raises":
-                raise UserError("the loss was not finite")
+                raise training.DivergedError("the loss was not finite")
             if kind == "never finite":
                 return
             next(trainer.ema.net.parameters()).data.fill_(math.nan)
@@ -531,6 +604,137 @@ def worse_after_three(params: config.Params) -> Callable[[Attempt], float]:
         return 1.0
 
     return objective
+
+
+def test_a_gp_does_not_propose_a_pruned_point_again(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.trials": 8, "tune.sampler": "gp", "tune.pruner": "none"})
+    tuning.search("0" * 16, params, storage_url(params.tune), pruned_after_four)
+    assert states() == ["COMPLETE"] * 4 + ["PRUNED"] * 4
+    assert len({row["train.lr"] for row in table()}) == 8
+    rates = [math.log(float(row["train.lr"])) for row in table()[4:]]
+    assert np.std(rates) > 0.1
+
+
+def pruned_after_four(params: config.Params) -> Callable[[Attempt], float]:
+    def objective(attempt: Attempt) -> float:
+        if attempt.number >= 4:
+            raise tuning_trial.PrunedError("not worth it")
+        return float(attempt.number)
+
+    return objective
+
+
+def test_what_no_trial_can_do_here_ends_the_search_and_costs_no_trial(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose message is the user's to read; afterwards the same trial is tried again."""
+    params = tiny(**TUNE)
+
+    def no_classes(*_: object) -> None:
+        raise UserError("the images have 10 classes: set model.num_classes: 10")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_trial, "Trainer", no_classes)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"set model\.num_classes: 10"):
+                tuning.tune(params)
+    tuning.tune(params)
+    assert states() == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert [row["train.lr"] for row in table()[:3]] == [str(params.train.lr)] * 3
+
+
+def test_a_device_that_is_not_here_is_said_before_any_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
+    with pytest.raises(UserError, match="cuda"):
+        tuning.tune(tiny(**TUNE | {"train.device": "cuda"}))
+    assert not paths.OPTUNA_DB.exists()
+
+
+def test_choices_that_only_some_others_allow_are_searched_in_any_order(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    for weights in (["min_snr", "simple"], ["simple", "min_snr"]):
+        space = {"diffusion.zero_terminal_snr": [True, False], "train.loss_weight": weights}
+        params = tiny(**TUNE | {"train.loss_weight": "simple", "tune.space": space, "tune.trials": 6})
+        tuning.tune(params)
+        assert {row["state"] for row in table()} <= {"COMPLETE", "PRUNED"}
+        for row in table():
+            together = (row["diffusion.zero_terminal_snr"], row["train.loss_weight"]) == ("True", "min_snr")
+            assert (row["state"] == "PRUNED") == together
+
+
+@pytest.mark.parametrize("kind", ["rolled back", "killed"])
+def test_a_value_is_of_the_images_that_it_is_reported_at(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A step that was rolled back reports nothing; a kill between checkpoint and report loses nothing."""
+    steps: list[int] = []
+
+    def measured(trainer: Trainer) -> float:
+        if kind == "killed" and trainer.progress.step == 4 and not steps.count(4):
+            steps.append(4)
+            raise KeyboardInterrupt  # after the checkpoint of step 4
+        steps.append(trainer.progress.step)
+        return float(trainer.progress.step)
+
+    def unlucky(trainer: Trainer) -> Iterator[Record]:
+        for record in training.train(trainer):
+            if kind == "rolled back" and record.step == 3:
+                yield Record(4, record.loss, None)  # a step that does not count any more
+            yield record
+
+    monkeypatch.setattr(tuning_trial, "common_error", measured)
+    monkeypatch.setattr(tuning_trial, "train", unlucky)
+    params = tiny(**TUNE | {"tune.trials": 1, "train.checkpoint_every": 4})
+    tuning.tune(params)
+    study = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}")
+    assert study.trials[-1].intermediate_values == {4 * step: float(step) for step in range(1, 9)}
+
+
+def test_a_best_that_was_found_between_sittings_is_told_the_studys_run(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker that ended after its parent."""
+    tagged: dict[str, str] = {}
+    monkeypatch.setattr(NullTracker, "tags", lambda self, tags: tagged.update(tags))
+    params = tiny(**TUNE | {"tune.trials": 1})
+    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    for dimension in shared.space:
+        dimension.suggest(trial)
+    shared.tell(trial, "COMPLETE", 1.5)
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    assert (tagged["best_trial"], tagged["best_fd_lite0"]) == ("0", "1.5000")
+
+
+def test_other_batch_sizes_come_with_as_many_steps_as_see_the_same_images(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    params = tiny(**TUNE | {"tune.trials": 1, "tune.space": {"train.batch_size": [8]}, "train.steps": 100})
+    tuning.tune(params)
+    best = YAML(typ="safe", pure=True).load(paths.BEST_YAML)
+    assert best == {"train": {"batch_size": 8, "steps": 50}}  # TINY has batches of 4
+
+
+def test_the_dashboard_is_opened_on_the_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stub in the place of optuna-dashboard's command, which has no `python -m`."""
+    command = place / "bin/optuna-dashboard"
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\necho "opened $@"\n')
+    command.chmod(0o755)
+    paths.OPTUNA_DB.parent.mkdir()
+    paths.OPTUNA_DB.touch()
+    (place / "params.yaml").write_text((REPO / "params.yaml").read_text())
+    code = "import sys; sys.executable = sys.argv.pop(1); from diffusion.tuning_dashboard import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(place / "bin/python"), "--port", "8123"],
+        env={"PYTHONPATH": f"{REPO}/src", "DVC_ROOT": str(place), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert f"opened sqlite:///{paths.OPTUNA_DB} --host 127.0.0.1 --port 8123" in run.stdout
 
 
 def test_reports_are_at_the_same_images_whatever_the_batch(place: Path, tiny: Callable[..., config.Params]) -> None:

@@ -9,7 +9,7 @@ from conftest import REPO
 
 from diffusion import config
 from diffusion.errors import UserError
-from diffusion.tuning_space import Choices, Span, present, read_space, trial_config
+from diffusion.tuning_space import Choices, Span, present, read_space, settings, trial_config
 
 
 def space(text: dict[str, Any], tiny: Callable[..., config.Params]) -> tuple[Any, ...]:
@@ -77,6 +77,8 @@ def test_a_span_has_what_optuna_can_propose(tiny: Callable[..., config.Params]) 
         ({"sample.steps": {"low": 5, "high": 20}}, ["sample.steps", "changes no training"]),
         ({"train.steps": {"low": 5, "high": 20}}, ["train.steps", "tune.images_per_trial"]),
         ({"train.device": ["cpu"]}, ["train.device", "cannot be searched"]),
+        ({"train.best_by": ["val_loss", "last"]}, ["train.best_by cannot be searched", "at its end"]),
+        ({"model.image_size": [32, 16]}, ["model.image_size cannot be searched", "the data have it"]),
         ({"train.lr": {"low": 1e-4}}, ["train.lr", "high"]),
         ({"train.lr": {"low": 1e-4, "high": 1e-3, "lgo": True}}, ["train.lr", "lgo"]),
         ({"train.lr": {"low": 1e-3, "high": 1e-4}}, ["train.lr", "low comes first"]),
@@ -132,6 +134,8 @@ def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Param
     assert cut.train.warmup_steps / cut.train.steps == pytest.approx(
         base.train.warmup_steps / base.train.steps, rel=0.1
     )
+    window, whole_window = 1 / (1 - cut.train.ema_decay), 1 / (1 - base.train.ema_decay)
+    assert window / cut.train.steps == pytest.approx(whole_window / base.train.steps)
     shortest = trial_config(tiny(**{"tune.images_per_trial": 1}), {}).train
     every = (shortest.log_every, shortest.validate_every, shortest.preview_every, shortest.checkpoint_every)
     assert (shortest.steps, shortest.warmup_steps, *every) == (1, 0, 1, 1, 1, 1)
@@ -144,7 +148,9 @@ def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Param
 def test_budget_and_warm_up_follow_what_is_searched() -> None:
     """Trials of any batch size see the same images; a warm-up that is found is the whole training's."""
     base = config.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000})
-    assert trial_config(base, {"train.batch_size": 64}).train.steps == 750
+    twice = trial_config(base, {"train.batch_size": 64}).train
+    assert (twice.steps, twice.warmup_steps / twice.steps) == (750, pytest.approx(100 / 3000, rel=0.05))
+    assert settings(base, {"train.batch_size": 64}) == {"train.batch_size": 64, "train.steps": base.train.steps // 2}
     assert trial_config(base, {"train.warmup_steps": 400}).train.warmup_steps == 400 * 1500 // base.train.steps
     with pytest.raises(UserError, match=r"train\.processes"):
         trial_config(config.load(REPO / "params.yaml", {"train.processes": 4}), {"train.batch_size": 2})

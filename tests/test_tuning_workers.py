@@ -132,6 +132,19 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     assert steps(tmp_path) == [list(range(fast_trials.STEPS))] * 5, "a step was done twice"
 
 
+def test_a_worker_that_is_asked_to_stop_is_replaced_too(tmp_path: Path, hold: Path, store: Store) -> None:
+    """`kill PID`: its trial is handed back, and the search goes on with as many workers."""
+    sitting = Sitting(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
+    victim = at_work(store, 2, sitting)[-1]
+    os.kill(int(victim.user_attrs["pid"]), signal.SIGTERM)
+    until(lambda: any(t.system_attrs.get("failed_trial") == victim.number for t in store.trials("RUNNING")), sitting)
+    assert len(sitting.workers()) == 2
+    hold.unlink()
+    assert sitting.wait() == 0
+    assert "was asked to stop; another takes its place" in sitting.log.read_text()
+    assert [row["state"] for row in rows(tmp_path)].count("COMPLETE") == 3
+
+
 def test_ctrl_c_while_the_workers_start_ends_all_of_them(tmp_path: Path, hold: Path) -> None:
     sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
     workers = until(lambda: found if len(found := sitting.workers()) == 2 else [], sitting)

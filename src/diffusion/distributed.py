@@ -97,15 +97,15 @@ class World:
             self.fail(next(filter(None, problems)))
         return result  # type: ignore[return-value]  # it did not raise
 
-    def fail(self, message: str) -> NoReturn:
+    def fail(self, message: str, kind: type[UserError] = UserError) -> NoReturn:
         """End all ranks, which must all call it, with one printed line.
 
         Raises:
-            UserError: on rank 0.
+            UserError: on rank 0, of that `kind`.
             SystemExit: status 2 on the others.
         """
         if self.is_main:
-            raise UserError(message)
+            raise kind(message)
         self.leave(2)
 
     def leave(self, status: int) -> NoReturn:

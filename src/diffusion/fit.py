@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 import shutil
 import signal
@@ -79,8 +80,9 @@ def only_trainer(folder: Path) -> Iterator[None]:
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into a flag that is read between two steps; the second one interrupts."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, again: str = "dvc repro") -> None:
+        """`again` is the command that goes on."""
+        self.asked, self.again = False, again
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -92,7 +94,7 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt("stopped at once; `dvc repro` goes on from the last checkpoint")
+            raise KeyboardInterrupt(f"stopped at once; `{self.again}` goes on from the last checkpoint")
         self.asked = True
 
 
@@ -173,7 +175,8 @@ def _describe(params: Params, folder: Path, tracker: Tracker) -> None:
     tracker.params(flat(trained(params)))
     tracker.dataset(**_described_data())
     whole = folder / paths.PARAMS.name
-    write_yaml(params, whole)
+    tune = dataclasses.replace(params.tune, storage=None)  # its URL may hold a password
+    write_yaml(dataclasses.replace(params, tune=tune), whole)
     tracker.artifact(whole)
 
 

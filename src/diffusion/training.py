@@ -17,6 +17,7 @@ from diffusion.config import TrainedConfig
 from diffusion.data import Batches, Dataset, to_tensor
 from diffusion.distributed import ALONE, World, data_parallel
 from diffusion.ema import EMA, ema_decay
+from diffusion.errors import UserError
 from diffusion.loss import Loss
 from diffusion.optim import clipped_step, learning_rate, make_optimizer
 from diffusion.parameterization import Denoiser
@@ -27,6 +28,10 @@ from diffusion.unet import UNet
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
+
+
+class DivergedError(UserError):
+    """The losses are not finite, and rollbacks do not help."""
 
 
 class Trainer:
@@ -187,13 +192,14 @@ class Trainer:
         """Return to the last checkpoint, with other noise from there on.
 
         Raises:
-            UserError: it was tried MAX_ROLLBACKS times already.
+            DivergedError: it was tried MAX_ROLLBACKS times already.
         """
         step, rollbacks, skipped = self.progress.step, self.progress.rollbacks + 1, self.progress.skipped
         if rollbacks > MAX_ROLLBACKS:
             self.world.fail(
                 f"the loss was not finite for {MAX_BAD_STEPS} steps in a row at step {step}, after {MAX_ROLLBACKS} "
-                "rollbacks: lower train.lr or train.grad_clip, or set train.precision: fp32"
+                "rollbacks: lower train.lr or train.grad_clip, or set train.precision: fp32",
+                DivergedError,
             )
         self._restore()
         self.progress.rollbacks, self.progress.skipped, self.progress.bad_in_a_row = rollbacks, skipped, 0
@@ -289,7 +295,7 @@ def train(trainer: Trainer) -> Iterator[Record]:
     Whoever stops iterating may call `trainer.save()`: every yield is between two steps.
 
     Raises:
-        UserError: the training diverges and rollbacks do not help.
+        DivergedError: rollbacks do not help.
     """
     config, progress = trainer.config.train, trainer.progress
     while progress.step < config.steps:

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import torch
 
-from diffusion import paths, tracking, tuning_objective
+from diffusion import paths, tracking, tuning_objective, tuning_space
 from diffusion.config import Params, flat, to_dict
 from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0
-from diffusion.fingerprint import fingerprint
 from diffusion.fit import StopRequest, only_trainer
 from diffusion.provenance import code_digest
 from diffusion.reference import Reference
+from diffusion.runtime import resolve_device
 from diffusion.tuning_report import Ledger, draw_figures
-from diffusion.tuning_space import read_space, trial_config
+from diffusion.tuning_space import read_space, recipe
 from diffusion.tuning_study import SharedStudy, answering, shown, storage_url
-from diffusion.tuning_trial import Objective, Trainings
+from diffusion.tuning_trial import REPORTS, Objective, Trainings
 from diffusion.tuning_worker import POLL_SECONDS, Job, work, worker
 
 MAX_DEATHS = 20  # of workers, since a trial was finished
@@ -46,6 +46,8 @@ def tune(params: Params) -> None:
         KeyboardInterrupt: it was asked to stop.
     """
     url = storage_url(params.tune)
+    resolve_device(params.train.device)  # else every trial would find out
+    read_space(params)
     reference = tuning_objective.load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
     search(study_name(params, Dataset.load().digest, reference), params, url, Trainings)
 
@@ -59,7 +61,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
         UserError: the store does not answer, a worker failed, or another trainer is at work here.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the trials at work were saved.
     """
-    with only_trainer(paths.RUNS / name), StopRequest() as stop, answering():
+    with only_trainer(paths.RUNS / name), StopRequest("make tune") as stop, answering():
         shared = SharedStudy(name, params, url)
         run_id = shared.study.user_attrs.get("mlflow_run_id")  # of an earlier sitting, or another machine
         tracker = tracking.open_run(params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=run_id)
@@ -80,7 +82,8 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
             if not shared.finished:
                 done = f"stopped after {len(ledger.done())} of {params.tune.trials} trials"
                 raise KeyboardInterrupt(f"{done}; `make tune` goes on from there")
-        print(f"{params.tune.trials} trials are done: see {paths.TUNING}/; `make tune-apply` takes over the best")
+        hint = "`make tune-apply` takes over the best" if shared.best() else "none was complete, trials.csv says why"
+        print(f"{params.tune.trials} trials are done: see {paths.TUNING}/; {hint}")
 
 
 def study_name(params: Params, data_digest: str, reference: Reference) -> str:
@@ -88,14 +91,13 @@ def study_name(params: Params, data_digest: str, reference: Reference) -> str:
 
     How they are searched for (trials, workers, sampler, pruner, storage, seed) may change from sitting to sitting.
     """
-    first = {
-        dimension.key: dimension.corners()[0] for dimension in read_space(params)
-    }  # what is searched is no setting
     identity = {
         "tune": {key: to_dict(params.tune)[key] for key in ("images_per_trial", "sample_images", "space")},
-        "training": fingerprint(trial_config(params, first), data_digest),
+        "recipe": recipe(params),
+        "data": data_digest,
         "reference": reference.key,
-        "code": code_digest(Path(tuning_objective.__file__)),
+        "reports": REPORTS,
+        "code": [code_digest(Path(str(module.__file__))) for module in (tuning_objective, tuning_space)],
     }
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -111,7 +113,7 @@ def _together(job: Job, ledger: Ledger, stop: StopRequest) -> None:
     deaths = done = 0
     told = False
     try:
-        while any(process.is_alive() for process in workers):
+        while True:
             time.sleep(POLL_SECONDS / 4)
             ledger.update()
             if len(ledger.done()) > done:
@@ -120,15 +122,18 @@ def _together(job: Job, ledger: Ledger, stop: StopRequest) -> None:
                 told = True
                 _terminate(workers)
             for number, process in enumerate(workers):
-                if stop.asked or process.exitcode in (None, 0):
+                if stop.asked or process.exitcode is None or (process.exitcode == 0 and ledger.shared.finished):
                     continue
                 if process.exitcode > 0:
                     raise UserError(f"worker {number} failed, see above; `make tune` goes on when that is put right")
                 deaths += 1
                 if deaths > MAX_DEATHS:
                     raise UserError(f"{deaths} workers were killed one after the other: is there memory enough?")
-                print(f"worker {number} was killed (signal {-process.exitcode}); another takes its place", flush=True)
+                how = f"was killed (signal {-process.exitcode})" if process.exitcode else "was asked to stop"
+                print(f"worker {number} {how}; another takes its place", flush=True)
                 workers[number] = _start(job, number)
+            if not any(process.is_alive() for process in workers):
+                break
     finally:
         _terminate(workers)  # if this is the second signal, they stop at once
         for process in workers:

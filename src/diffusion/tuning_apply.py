@@ -1,25 +1,23 @@
 """`make tune-apply`: what the search found goes into params.yaml, where `dvc repro` trains with it."""
 
 import difflib
-import io
+import json
+import re
 import sys
 from pathlib import Path
 
 import click
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from diffusion import paths
-from diffusion.config import load
+from diffusion.config import load, schema
 from diffusion.errors import UserError
+from diffusion.journal import warn
+from diffusion.tuning_report import RECIPE
+from diffusion.tuning_space import Value, recipe_digest
 
-
-class _Representer(RoundTripRepresenter):
-    """Writes null as params.yaml does; ruamel leaves it out."""
-
-
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+SCALAR = re.compile(r"""'[^']*'|"[^"]*"|[^\s,#}\]]+""")
 
 
 @click.command()
@@ -29,44 +27,72 @@ _Representer.add_representer(type(None), lambda self, _: self.represent_scalar("
 def main(params: Path) -> None:
     """Write the best values of the search into params.yaml and show the difference."""
     try:
-        click.echo(apply(paths.BEST_YAML, params) or f"{params} has the best values already", nl=False)
+        click.echo(apply(paths.BEST_YAML, params) or f"{params} has the best values already\n", nl=False)
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
 
 
 def apply(best: Path, params: Path) -> str:
-    """Write the values of `best` into `params`, whose comments and order stay; the difference, empty if there is none.
+    """Write the values of `best` into `params`, all else in it stays; the difference, empty if there is none.
 
     Raises:
         UserError: there are no best values, or `params` would not be valid with them; it is left as it was.
     """
-    yaml = YAML()  # keeps comments, spelling of numbers, flow style
-    yaml.preserve_quotes, yaml.width = True, 4096
-    yaml.Representer = _Representer
-    try:
-        found = YAML(typ="safe", pure=True).load(best)
-        before = params.read_text()
-        tree = yaml.load(before)
-    except (OSError, YAMLError) as error:
-        raise UserError(f"{getattr(error, 'filename', best)} cannot be read: run `make tune` first") from None
-    if not found:
+    values, found_for = read_best(best)
+    if not values:
         raise UserError(f"{best} holds no values yet: no trial of the study is complete; run `make tune`")
-    for section, values in found.items():
-        tree[section].update(values)
-    text = io.StringIO()
-    yaml.dump(tree, text)
-    new = params.with_name(f"{params.name}.new")
-    new.write_text(text.getvalue())
+    now = load(params)
+    if found_for not in (None, recipe_digest(now)):
+        warn(f"{best} was found for another recipe, or another tune.space, than {params} has")
+    file = params.resolve()  # a link stays one
+    before = file.read_text()
+    after = _edited(before, values)
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(after)
     try:
-        load(new)
-        new.replace(params)
+        if load(new) != load(params, values):
+            raise UserError(f"{params} writes these keys in a way that cannot be edited: set {values} by hand")
+        new.replace(file)
     except UserError as error:
         raise UserError(str(error).replace(str(new), str(params))) from None
     finally:
         new.unlink(missing_ok=True)
-    old, now = before.splitlines(keepends=True), params.read_text().splitlines(keepends=True)
-    return "".join(difflib.unified_diff(old, now, f"{params} before", f"{params} now"))
+    old, edited = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    return "".join(difflib.unified_diff(old, edited, f"{params} before", f"{params} now"))
+
+
+def read_best(best: Path) -> tuple[dict[str, Value], str | None]:
+    """Dotted keys and values of tuning/best.yaml, and the digest of the recipe that they were found for.
+
+    Raises:
+        UserError: there is no such file, or it is another one.
+    """
+    try:
+        text = best.read_text()
+        tree = YAML(typ="safe", pure=True).load(text) or {}
+        values = {f"{section}.{name}": value for section, keys in tree.items() for name, value in keys.items()}
+    except FileNotFoundError:
+        raise UserError(f"{best} is missing: run `make tune` first") from None
+    except (OSError, UnicodeDecodeError, YAMLError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{best} cannot be read ({reason}): run `make tune` first") from None
+    if wrong := sorted(set(values) - set(schema())):
+        raise UserError(f"{best} has {wrong[0]}, which is no key of params.yaml: run `make tune` again")
+    first = text.partition("\n")[0]
+    return values, first.removeprefix(RECIPE) if first.startswith(RECIPE) else None
+
+
+def _edited(text: str, values: dict[str, Value]) -> str:
+    """A params file's text with other values; comments, order and spelling of all others stay."""
+    tree, lines = YAML().load(text), text.splitlines(keepends=True)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        line, column = tree[section].lc.value(name)
+        if tree[section][name] != value:
+            written = value if isinstance(value, str) else json.dumps(value)
+            lines[line] = lines[line][:column] + SCALAR.sub(written, lines[line][column:], count=1)
+    return "".join(lines)
 
 
 if __name__ == "__main__":

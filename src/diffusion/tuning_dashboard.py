@@ -1,8 +1,8 @@
 """`make tune-report`: optuna-dashboard's pages on the study's store, if it is installed; else how to install it."""
 
 import os
+import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -25,12 +25,13 @@ def main(port: int) -> None:
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
         click.secho(f"error: {shown(url)} does not exist yet: run `make tune` first", fg="red", err=True)
         sys.exit(2)
-    if find_spec("optuna_dashboard") is None:
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if (command := shutil.which("optuna-dashboard", path=beside)) is None:
         click.echo(f"{paths.TUNING}/ has tables and figures; pages: pip install optuna-dashboard && make tune-report")
         return
     click.echo(f"Studies of {shown(url)}: open http://127.0.0.1:{port}   (Ctrl-C to stop)")
-    command = [sys.executable, "-m", "optuna_dashboard", url, "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, command)
+    sys.stdout.flush()
+    os.execv(command, [command, url, "--host", "127.0.0.1", "--port", str(port)])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from diffusion import figures, paths
 from diffusion.journal import Tracker, warn
-from diffusion.tuning_space import Value
+from diffusion.tuning_space import Value, recipe_digest, settings
 from diffusion.tuning_study import COUNTED, SharedStudy, quiet
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matpl
     "slice.png": "plot_slice",
     "intermediate.png": "plot_intermediate_values",
 }
+
+
+RECIPE = "# Found for the recipe "  # first line of best.yaml, before the digest
 
 
 class Ledger:
@@ -48,19 +51,27 @@ class Ledger:
             self.write()
 
     def write(self) -> None:
-        """Write tuning/trials.csv and tuning/best.yaml, a part of a params.yaml; empty before a trial is done."""
+        """Write tuning/trials.csv and tuning/best.yaml, a part of a params.yaml; empty before a trial is done.
+
+        The study's run is told the best too, which another sitting's worker may have found.
+        """
         table, keys = io.StringIO(), [dimension.key for dimension in self.shared.space]
         rows = csv.DictWriter(table, ["number", "state", "value", "error", *keys, "seconds", "retry_of", "reason"])
         rows.writeheader()
         rows.writerows(self._row(trial) for trial in self.shared.trials())
         replace_text(paths.TRIALS_CSV, table.getvalue())
         leader, tree = self.shared.best(), dict[str, dict[str, Value]]()
-        for key, value in self._values(leader).items() if leader else ():
+        values = settings(self.shared.params, self._values(leader)) if leader else {}
+        for key, value in values.items():
             section, _, name = key.partition(".")
             tree.setdefault(section, {})[name] = value
         text = io.StringIO()
+        text.write(f"{RECIPE}{recipe_digest(self.shared.params)}\n")
         YAML().dump(tree, text)
         replace_text(paths.BEST_YAML, text.getvalue())
+        if leader:
+            best = {f"best_{key}": str(value) for key, value in values.items()}
+            self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **best})
 
     def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
         state, errors = trial.state.name, trial.intermediate_values
@@ -83,8 +94,6 @@ class Ledger:
         if leader is None or trial.state.name != "COMPLETE":
             return
         self.tracker.metrics({"trial/fd_lite0": trial.values[0], "best/fd_lite0": leader.values[0]}, trial.number)
-        best = {f"best_{key}": str(value) for key, value in self._values(leader).items()}
-        self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **best})
 
     def _say(self, trial: "FrozenTrial") -> None:
         done, total, leader = self.done(), self.shared.config.trials, self.shared.best()

@@ -1,8 +1,10 @@
 """What `tune.space` describes: keys of params.yaml, over what each is searched, the training that a choice makes."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
@@ -14,14 +16,16 @@ if TYPE_CHECKING:
 
 Value = float | int | str | bool | None
 SECTIONS = ("diffusion", "model", "train")  # what a trial trains
-NOT_SEARCHED = {  # no trial's value depends on them, or the study sets them
+NO_SETTINGS = [  # no trial's value depends on them
+    *(f"train.{key}" for key in ("device", "processes", "micro_batch", "compile", "log_every", "checkpoint_every")),
+    *(f"train.{key}" for key in ("preview_every", "preview_images", "evaluate_every", "evaluate_images")),
+]
+NOT_SEARCHED = {
     "train.steps": "tune.images_per_trial sets it",
-    **dict.fromkeys(("train.device", "train.processes", "train.micro_batch", "train.compile"), "it is no setting"),
-    **{
-        f"train.{key}": "it is no setting"
-        for key in ("log_every", "checkpoint_every", "preview_every", "evaluate_every", "evaluate_images")
-    },
-    **{f"train.{key}": "every trial is scored alike" for key in ("preview_images", "preview_steps")},
+    "train.best_by": "a trial is scored at its end alone",
+    "train.preview_steps": "every trial is scored alike",
+    **dict.fromkeys(NO_SETTINGS, "it is no setting"),
+    **dict.fromkeys(("model.image_size", "model.image_channels"), "the data have it"),
 }
 GRID = 1e-8  # steps that a value may be off it: Optuna's own
 DIGITS = 4  # of a number on a continuous scale: what is trained is what the tables say
@@ -104,10 +108,31 @@ def read_space(params: Params) -> tuple[Dimension, ...]:
     for dimension in found:
         for value in dimension.corners():
             try:
-                changed(params, {dimension.key: value})
+                changed(params, settings(params, {dimension.key: value}))
             except UserError as error:
                 raise UserError(f"tune.space: {error}") from None
     return found
+
+
+def settings(params: Params, values: Mapping[str, Value]) -> dict[str, Value]:
+    """`values`, and the steps of a whole training where they have another batch size: it sees as many images."""
+    train, size = params.train, values.get("train.batch_size")
+    if not isinstance(size, int):
+        return dict(values)
+    return {**values, "train.steps": max(1, round(train.steps * train.batch_size / size))}
+
+
+def recipe(params: Params) -> dict[str, object]:
+    """What a study's trials share of params.yaml: dotted keys of a training but those searched and NO_SETTINGS."""
+    without = {*params.tune.space, *NO_SETTINGS, "train.steps"}
+    shared = {key: value for key, value in flat(trained(params)).items() if key not in without}
+    return shared | {"images_seen": params.train.steps * params.train.batch_size}
+
+
+def recipe_digest(params: Params) -> str:
+    """16 hex digits of `recipe` and the space."""
+    known = [recipe(params), params.tune.space]
+    return sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def changed(params: Params, values: Mapping[str, Value]) -> Params:
@@ -134,13 +159,13 @@ def present(params: Params, space: Sequence[Dimension]) -> dict[str, Value] | No
 def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
     """What a trial trains: `params` with `values` (dotted keys), cut to `tune.images_per_trial`.
 
-    Warm-up and the distance between validations keep their share of the training, so that a value that is found can
-    be written into params.yaml; no distance exceeds the length.
+    Warm-up, the time that the EMA averages over and the distance between validations keep their share of the training,
+    so that a value that is found can be written into params.yaml; no distance exceeds the length.
 
     Raises:
         UserError: params.yaml does not allow these values together.
     """
-    whole = changed(params, values)
+    whole = changed(params, settings(params, values))
     train = whole.train
     steps = max(1, params.tune.images_per_trial // train.batch_size)
     share = min(1.0, steps / train.steps)
@@ -150,6 +175,7 @@ def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
         "evaluate_every": 0,  # a trial is scored at its end
         "best_by": "last" if train.best_by == "last" else "val_loss",
         "warmup_steps": round(train.warmup_steps * share),
+        "ema_decay": max(0.0, 1.0 - (1.0 - train.ema_decay) / share),
         "validate_every": max(1, round(train.validate_every * share)),
         "checkpoint_every": max(1, min(train.checkpoint_every, math.ceil(steps / 4))),  # what a kill costs at most
         **{key: min(getattr(train, key), steps) for key in ("log_every", "preview_every")},

@@ -6,7 +6,6 @@ system lets go of when its holder dies.
 
 import copy
 import os
-import re
 import threading
 import time
 import warnings
@@ -47,27 +46,43 @@ def storage_url(config: TuneConfig) -> str:
     Raises:
         UserError: it names another kind of store, its driver is missing, or SQLite is to take too many workers.
     """
-    url = os.environ.get("OPTUNA_STORAGE") or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
-    kind = url.partition(":")[0]
-    if kind in ("postgres", "postgresql"):
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    variable = os.environ.get("OPTUNA_STORAGE")
+    text = variable or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
+    source = f"{'OPTUNA_STORAGE' if variable else 'tune.storage'} = {shown(text)}"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise UserError(f"{source}: {OTHER_STORE}") from None
+    if url.drivername in ("postgres", "postgresql"):
         if find_spec("psycopg2") is None:
             raise UserError("a Postgres store needs a driver: pip install psycopg2-binary")
-        return f"postgresql+psycopg2:{url.partition(':')[2]}"
-    if kind.startswith("postgresql+"):
-        return url
-    if kind != "sqlite":
-        raise UserError(f"tune.storage = {shown(url)} is neither SQLite nor Postgres: {OTHER_STORE}")
+        return url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
+    if url.drivername.startswith("postgresql+"):
+        return text
+    if url.drivername.partition("+")[0] != "sqlite":
+        raise UserError(f"{source} is neither SQLite nor Postgres: {OTHER_STORE}")
+    if not url.database or url.database.startswith((":memory:", "file:")):
+        raise UserError(f"{source} names no file, so that workers could not share it: give sqlite:///FOLDER/FILE")
     if config.workers > SQLITE_WORKERS:
         raise UserError(
             f"tune.workers = {config.workers} is more than {SQLITE_WORKERS}: SQLite locks its whole file for each "
             f"write; {OTHER_STORE}"
         )
-    return url
+    return f"sqlite:///{url.database}"
 
 
 def shown(url: str) -> str:
-    """A store's URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
+    """A store's URL without its password, which may stand in its query too."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "what is no URL"
 
 
 class SharedStudy:
@@ -115,11 +130,11 @@ class SharedStudy:
             self.recover()
             if len(self.trials(*COUNTED, "RUNNING")) >= self.config.trials:
                 return None
-            count = len(self.trials())
             start = present(self.params, self.space)
-            if count == 0 and start:
+            if not self.trials() and start:
                 self.study.enqueue_trial(start)
-            self.study.sampler = self._sampler(count)
+            waiting = self.trials("WAITING")  # asked for first
+            self.study.sampler = self._sampler(waiting[0].number if waiting else len(self.trials()))
             with quiet():  # it would say that heartbeats are ours to send, which is so
                 trial = self.study.ask()
             self.storage.record_heartbeat(trial._trial_id)  # else nobody could take it over before `beating`
@@ -196,20 +211,25 @@ class SharedStudy:
             over.set()
             thread.join(BUSY_SECONDS)
 
-    def _sampler(self, count: int) -> Any:
-        """The sampler for trial number `count`, with random numbers of its own: no sitting or worker repeats any."""
+    def _sampler(self, number: int) -> Any:
+        """The sampler for a trial by its number, with random numbers of its own: no sitting or worker repeats any.
+
+        GPs learn nothing from pruned trials and would propose the same again: after one the next is drawn at random.
+        """
         from optuna import samplers
 
         own, config = self.config.seed, self.config
-        seed = generator(self.params.seed if own is None else own, "tune", count).initial_seed() % 2**32
+        seed = generator(self.params.seed if own is None else own, "tune", number).initial_seed() % 2**32
         startup = min(10, max(2, config.trials // 3))  # random; Optuna's 10 would leave a short study no search
         make: dict[str, Callable[[], Any]] = {
             "tpe": lambda: samplers.TPESampler(seed=seed, n_startup_trials=startup),
             "random": lambda: samplers.RandomSampler(seed=seed),
             "gp": lambda: samplers.GPSampler(seed=seed, n_startup_trials=startup),
         }
+        ended = self.trials(*COUNTED)
+        stuck = config.sampler == "gp" and ended and ended[-1].state.name == "PRUNED"
         with quiet():
-            return make[config.sampler]()
+            return make["random" if stuck else config.sampler]()
 
 
 def _pruner(config: TuneConfig) -> Any:

@@ -19,7 +19,7 @@ from diffusion.features import EfficientNetLite0
 from diffusion.journal import Tracker
 from diffusion.progress import Record
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import Trainer, train
+from diffusion.training import DivergedError, Trainer, train
 from diffusion.tuning_objective import common_error, draw, load_reference, score
 from diffusion.tuning_space import Value, trial_config
 from diffusion.tuning_study import SharedStudy
@@ -99,6 +99,7 @@ class Trainings:
 
         Raises:
             PrunedError: the values do not go together, the training diverges or has no room, or it is not worth it.
+            UserError: no trial can be done here.
             KeyboardInterrupt: it was asked to stop; the state was saved first.
         """
         try:
@@ -119,7 +120,7 @@ class Trainings:
                 tracker.tags({"trial.state": "COMPLETE"})
             except torch.OutOfMemoryError:
                 pruned = PrunedError("it does not fit into the device's memory")
-            except (PrunedError, UserError) as error:  # UserError: diverged, and rollbacks did not help
+            except (PrunedError, DivergedError) as error:
                 pruned = PrunedError(str(error))
             except Exception:
                 tracker.tags({"trial.state": "FAIL"})
@@ -135,14 +136,20 @@ class Trainings:
         config, budget = trainer.config.train, self.params.tune.images_per_trial
         due = {max(1, k * config.steps // REPORTS): k * budget // REPORTS for k in range(1, REPORTS + 1)}
         attempt.line.begin(attempt.number, trainer.progress.step, config.steps)
+
+        def report(step: int) -> None:
+            if step != trainer.progress.step or step not in due or due[step] in attempt.reported:
+                return  # or it was rolled back and does not count
+            error = common_error(trainer)
+            tracker.metrics({"val/common_error": error}, step)
+            attempt.line.value = f"error {error:.4f}"
+            attempt.report(due[step], error)
+
+        report(trainer.progress.step)  # a kill may have come between checkpoint and report
         for record in train(trainer):
             _track(record, tracker)
             attempt.line.show(record.step)
-            if record.step in due:
-                error = common_error(trainer)
-                tracker.metrics({"val/common_error": error}, record.step)
-                attempt.line.value = f"error {error:.4f}"
-                attempt.report(due[record.step], error)
+            report(record.step)
             if record.step < config.steps and attempt.asked_to_stop():
                 trainer.save()
                 raise KeyboardInterrupt

@@ -41,7 +41,7 @@ def worker(job: Job, number: int, parent: int) -> None:
     can put right.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what StopRequest puts back
-    with StopRequest() as stop:
+    with StopRequest("make tune") as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         try:
@@ -89,6 +89,9 @@ def _do(
     except KeyboardInterrupt:  # asked to stop: saved, and tried again another time
         shared.tell(trial, "FAIL", stopped=True)
         return
+    except UserError:  # no fault of its values: to be tried again when that is put right
+        shared.tell(trial, "FAIL", stopped=True)
+        raise
     except BaseException as error:
         if is_outage(error):
             raise  # tried again when this process is gone
