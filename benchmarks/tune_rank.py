@@ -53,7 +53,7 @@ def main(at_once: int) -> None:
     """Train what is missing, score, print one JSON line, write results/tune_rank.json."""
     recipe = identity()
     found = kept(recipe)
-    todo = [(setting, budget) for budget in BUDGETS for setting in SETTINGS if name(setting, budget) not in found]
+    todo = [(setting, budget) for setting in SETTINGS for budget in BUDGETS if name(setting, budget) not in found]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
         for key, result in pool.imap_unordered(_task, todo):
             found[key] = result
