@@ -58,13 +58,13 @@ def main(samples: int, full: bool, picture: Path | None) -> None:
     params = load("params.yaml")
     device = resolve_device(params.sample.device)
     denoiser, about = model(params, device)
-    scorer = Scorer(params, device)
     known = kept(about, samples)
     wanted = [*([configured(params.sample, *FULL)] if full else []), *runs(params.sample)]
     wanted.sort(key=lambda config: (config.steps > FEW, config.sampler != "ddpm"))  # what tells most, first
-    for config in wanted:
-        key = f"{config.sampler} {config.spacing} {evaluations(config, denoiser.schedule)}"
-        if key not in known:
+    keys = {f"{config.sampler} {config.spacing} {evaluations(config, denoiser.schedule)}": config for config in wanted}
+    if missing := {key: config for key, config in keys.items() if key not in known}:
+        scorer = Scorer(params, device)
+        for key, config in missing.items():
             known[key] = round(scorer(denoiser, config, range(samples)), 1)
             click.echo(f"{key}: fd_lite0 {known[key]}", err=True)
             report("solvers", {"samples": samples, "model": about, "fd_lite0": known})
