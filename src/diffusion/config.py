@@ -6,7 +6,7 @@ needs pydantic and a YAML reader; the rest of the library takes the dataclasses 
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -287,12 +287,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def write_yaml(params: Params, path: Path) -> None:
-    """A params file that `load` reads as `params`; without comments."""
+def write_yaml(params: Params, path: Path, *, without: Sequence[str] = ()) -> None:
+    """A params file that `load` reads as `params`, but for null in the dotted keys `without`; it has no comments."""
     from ruamel.yaml import YAML
 
+    tree = to_dict(params)
+    for key in without:
+        section, _, name = key.partition(".")
+        tree[section][name] = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    YAML().dump(to_dict(params), path)
+    YAML().dump(tree, path)
 
 
 def flat(config: Any, section: str = "") -> dict[str, object]:

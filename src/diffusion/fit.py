@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import json
 import shutil
 import signal
@@ -175,8 +174,7 @@ def _describe(params: Params, folder: Path, tracker: Tracker) -> None:
     tracker.params(flat(trained(params)))
     tracker.dataset(**_described_data())
     whole = folder / paths.PARAMS.name
-    tune = dataclasses.replace(params.tune, storage=None)  # its URL may hold a password
-    write_yaml(dataclasses.replace(params, tune=tune), whole)
+    write_yaml(params, whole, without=("tune.storage",))  # its URL may hold a password
     tracker.artifact(whole)
 
 
