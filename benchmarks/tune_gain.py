@@ -16,11 +16,11 @@ import click
 import torch
 from machine import RESULTS, report
 from objectives import quality
-from ruamel.yaml import YAML
 
 from diffusion import paths
 from diffusion.config import flat, load, trained
 from diffusion.runtime import keep_freed_memory
+from diffusion.tuning_apply import read_best
 
 FIRST_SEED = 1000  # none that a study has seen
 FINAL = "ddim-20 trailing"
@@ -32,7 +32,7 @@ FINAL = "ddim-20 trailing"
 @click.option("--at-once", default=2, show_default=True, help="Trainings side by side, one thread each.")
 def main(best: Path, seeds: int, at_once: int) -> None:
     """Train what is missing, score, print the table and one JSON line, write results/tune_gain.json."""
-    settings = {"default": {}, "best": read(best)}
+    settings = {"default": {}, "best": read_best(best)[0]}
     about = identity(settings["best"])
     found = kept(about)
     wanted = [(name, seed) for seed in range(FIRST_SEED, FIRST_SEED + seeds) for name in settings]
@@ -43,12 +43,6 @@ def main(best: Path, seeds: int, at_once: int) -> None:
             click.echo(f"{key}: {result}", err=True)
             write(about, found)
     write(about, found)
-
-
-def read(best: Path) -> dict[str, Any]:
-    """Dotted keys and values of tuning/best.yaml."""
-    tree = YAML(typ="safe", pure=True).load(best) or {}
-    return {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
 
 
 def identity(best: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_results_are_kept_for_the_same_recipe_alone(
     best = tmp_path / "best.yaml"
     best.write_text("train:\n  lr: 0.001\n  warmup_steps: 300\ndiffusion:\n  schedule: linear\n")
     gain = script("tune_gain")
-    read = gain.read(best)
+    read, _ = gain.read_best(best)
     assert read == {"train.lr": 0.001, "train.warmup_steps": 300, "diffusion.schedule": "linear"}
     about = gain.identity(read)
     assert about["default"] == {"train.lr": 0.002, "train.warmup_steps": 100, "diffusion.schedule": "cosine"}

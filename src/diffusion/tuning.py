@@ -29,7 +29,7 @@ from diffusion.provenance import code_digest
 from diffusion.reference import Reference
 from diffusion.runtime import resolve_device
 from diffusion.tuning_report import Ledger, draw_figures
-from diffusion.tuning_space import read_space, recipe
+from diffusion.tuning_space import recipe
 from diffusion.tuning_study import SharedStudy, answering, shown, storage_url
 from diffusion.tuning_trial import REPORTS, Objective, Trainings
 from diffusion.tuning_worker import POLL_SECONDS, Job, work, worker
@@ -47,7 +47,6 @@ def tune(params: Params) -> None:
     """
     url = storage_url(params.tune)
     resolve_device(params.train.device)  # else every trial would find out
-    read_space(params)
     reference = tuning_objective.load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
     search(study_name(params, Dataset.load().digest, reference), params, url, Trainings)
 
