@@ -440,39 +440,6 @@ def test_best_is_the_least_of_the_table_and_goes_into_params(
     assert tuning_apply.apply(paths.BEST_YAML, file) == ""
 
 
-def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
-    """Lists in block style, a linked file, and what is not named."""
-    file, best = tmp_path / "mine/params.yaml", tmp_path / "best.yaml"
-    file.parent.mkdir()
-    text = (REPO / "params.yaml").read_text().replace("multipliers: [1, 2, 2]  #", "multipliers:  #")
-    text = text.replace("  num_blocks:", "  - 1\n  - 2\n  - 2\n  num_blocks:")
-    file.write_text(text)
-    (tmp_path / "params.yaml").symlink_to(file)
-    best.write_text("train:\n  lr: 1.0e-05\n  flip: false\nmodel:\n  head_channels: null\n")
-    difference = tuning_apply.apply(best, tmp_path / "params.yaml")
-    assert (tmp_path / "params.yaml").is_symlink()
-    changed = [line for line in difference.splitlines() if line.startswith("+ ")]
-    assert [line.split("  #")[0] for line in changed] == ["+  head_channels: null", "+  lr: 1e-05", "+  flip: false"]
-    params = config.load(file)
-    assert (params.train.lr, params.train.flip, params.model.head_channels) == (1e-5, False, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("- 1\n", "cannot be read"),
-        ("train: 3\n", "cannot be read"),
-        ("train: [", "cannot be read"),
-        ("trian:\n  lr: 1\n", "trian.lr, which is no key"),
-    ],
-)
-def test_best_values_that_are_none_are_one_line(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "best.yaml").write_text(text)
-    with pytest.raises(UserError, match=words) as caught:
-        tuning_apply.apply(tmp_path / "best.yaml", REPO / "params.yaml")
-    assert "\n" not in str(caught.value)
-
-
 def test_best_values_of_another_recipe_are_warned_of(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -487,21 +454,6 @@ def test_best_values_of_another_recipe_are_warned_of(
     file.write_text((REPO / "params/gpu.yaml").read_text())
     tuning_apply.apply(paths.BEST_YAML, file)
     assert "was found for another recipe" in capsys.readouterr().err
-
-
-def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None:
-    file, best = tmp_path / "params.yaml", tmp_path / "best.yaml"
-    file.write_text((REPO / "params.yaml").read_text())
-    with pytest.raises(UserError, match="run `make tune` first"):
-        tuning_apply.apply(best, file)
-    best.write_text("{}\n")
-    with pytest.raises(UserError, match="no values yet"):
-        tuning_apply.apply(best, file)
-    best.write_text("train:\n  lr: 7\n")
-    with pytest.raises(UserError, match=r"params\.yaml: train\.lr = 7"):
-        tuning_apply.apply(best, file)
-    assert file.read_text() == (REPO / "params.yaml").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.yaml", "params.yaml"]
 
 
 @pytest.mark.parametrize(
