@@ -9,7 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -41,7 +41,8 @@ OBJECTIVES: dict[str, dict[str, str]] = {
     "v, min-SNR weight": {**COMMON, "diffusion.prediction": "v", "train.loss_weight": "min_snr"},
     "x0, min-SNR weight": {**COMMON, "diffusion.prediction": "x0", "train.loss_weight": "min_snr"},
 }
-SAMPLERS = (("ddim", "trailing", 20), ("dpmpp_2m", "karras", 20))
+DDIM = ("ddim", "trailing", 20)
+SAMPLERS = (DDIM, ("dpmpp_2m", "karras", 20))
 
 
 @click.command()
@@ -73,11 +74,11 @@ def _task(task: tuple[str, int]) -> tuple[str, int, dict[str, Any]]:
     name, seed = task
     torch.set_num_threads(1)
     keep_freed_memory()
-    return name, seed, quality(OBJECTIVES[name], seed)
+    return name, seed, quality(OBJECTIVES[name], seed, SAMPLERS)
 
 
-def quality(overrides: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """One training and its scores."""
+def quality(overrides: Mapping[str, Any], seed: int, samplers: Sequence[tuple[str, str, int]]) -> dict[str, Any]:
+    """One training and its score by each of `samplers`."""
     params = load("params.yaml", {**overrides, "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(trained(params), Dataset.load(), Path(folder), CPU)
@@ -90,7 +91,7 @@ def quality(overrides: Mapping[str, str], seed: int) -> dict[str, Any]:
         f"{sampler}-{steps} {spacing}": round(
             scorer(trainer.denoiser(), configured(params.sample, sampler, spacing, steps), range(SAMPLES)), 1
         )
-        for sampler, spacing, steps in SAMPLERS
+        for sampler, spacing, steps in samplers
     }
     return {
         "fd_lite0": scores,

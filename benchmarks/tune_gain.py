@@ -15,7 +15,7 @@ from typing import Any
 import click
 import torch
 from machine import RESULTS, report
-from objectives import quality
+from objectives import DDIM, quality
 
 from diffusion import paths
 from diffusion.config import flat, load, trained
@@ -55,7 +55,7 @@ def _task(task: tuple[str, Mapping[str, Any], int]) -> tuple[str, dict[str, Any]
     name, overrides, seed = task
     torch.set_num_threads(1)
     keep_freed_memory()
-    return f"{name}, seed {seed}", quality(overrides, seed)
+    return f"{name}, seed {seed}", quality(overrides, seed, [DDIM])
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import torch
 from machine import RESULTS, report
-from objectives import quality
+from objectives import DDIM, quality
 from scipy.stats import spearmanr
 from solvers import Scorer
 
@@ -81,7 +81,7 @@ def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
     torch.set_num_threads(1)
     keep_freed_memory()
     values = dict(zip(KEYS, setting, strict=True))
-    result = trial(values) if budget == "trial" else quality(values, load("params.yaml").seed)
+    result = trial(values) if budget == "trial" else quality(values, load("params.yaml").seed, [DDIM])
     return name(setting, budget), result
 
 

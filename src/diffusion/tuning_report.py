@@ -105,7 +105,8 @@ class Ledger:
         left = sum(seconds) / max(1, len(seconds)) * max(0, total - len(done)) / self.shared.config.workers / 60
         clear = "\r\x1b[2K" if sys.stdout.isatty() else ""  # a worker's line may stand there
         line = f"trial {trial.number} ({len(done)} of {total}): {result}; {drawn}; best {top}; {left:.0f} min left"
-        print(f"{clear}{line}", flush=True)
+        sys.stdout.write(f"{clear}{line}\n")
+        sys.stdout.flush()
 
 
 def draw_figures(shared: SharedStudy) -> None:

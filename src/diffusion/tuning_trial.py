@@ -217,4 +217,5 @@ class Line:
         if self._bar is not None:
             self._bar.set_description_str(f"{text}, {left}")
         else:
-            print(f"{text}, {left}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{text}, {left}\n")  # one piece, whatever other workers write
+            sys.stderr.flush()
