@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from studies import place as place  # a fixture
 
 from diffusion import config, mirror, paths
 from diffusion.data import Dataset

@@ -1,12 +1,15 @@
-"""Best values into params.yaml; with a search before it in test_tuning.py."""
+"""Best values into params.yaml; with a search before it also in test_tuning_report.py."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import REPO
+from studies import TUNE, fast_trials_at_once
 
-from diffusion import config, tuning_apply
+from diffusion import config, paths, tuning, tuning_apply
 from diffusion.errors import UserError
+from diffusion.tuning_study import storage_url
 
 
 def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
@@ -55,3 +58,19 @@ def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None
         tuning_apply.apply(best, file)
     assert file.read_text() == (REPO / "params.yaml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.yaml", "params.yaml"]
+
+
+def test_best_values_of_another_recipe_are_warned_of(
+    place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = place / "params.yaml"
+    file.write_text((REPO / "params.yaml").read_text())
+    params = config.load(file, TUNE | {"tune.space": config.load(file).tune.space})
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    capsys.readouterr()
+    for _ in range(2):  # applying them does not make it another recipe
+        tuning_apply.apply(paths.BEST_YAML, file)
+        assert capsys.readouterr().err == ""
+    file.write_text((REPO / "params/gpu.yaml").read_text())
+    tuning_apply.apply(paths.BEST_YAML, file)
+    assert "was found for another recipe" in capsys.readouterr().err

@@ -1,0 +1,266 @@
+"""Which trials are begun, with which values, and what becomes of those whose worker died; stores."""
+
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from studies import TUNE, fast_trials_at_once, name_of, states, stop_after, table
+
+from diffusion import config, paths, training, tuning, tuning_trial
+from diffusion.errors import UserError
+from diffusion.tuning_study import GRACE_SECONDS, SharedStudy, quiet, storage_url
+
+
+def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny(**TUNE | {"tune.trials": 6})
+    for _ in range(2):
+        stop_after(1, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            tuning.tune(params)
+    monkeypatch.setattr(tuning_trial, "train", training.train)
+    tuning.tune(params)
+    rates = [float(row["train.lr"]) for row in table() if not row["retry_of"]]
+    assert len(rates) == len(set(rates)) == 6
+    assert all(2e-4 <= rate <= 5e-3 for rate in rates)
+    assert table()[0]["train.lr"] == str(params.train.lr)
+
+
+def test_a_trial_that_a_dead_process_left_running_is_tried_again_and_counts_once(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    rate = shared.space[0].suggest(trial)
+    trial.report(7.0, 4)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    trial.set_user_attr("pid", str(dead.pid))
+    tuning.tune(params)
+    rows = table()
+    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert (rows[0]["reason"], rows[1]["retry_of"]) == ("its worker was killed", "0")
+    assert rows[0]["train.lr"] == rows[1]["train.lr"] == str(rate)
+    again = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}").trials[1]
+    assert again.intermediate_values[4] == 7.0, "what the first try reported is lost"
+
+
+def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Killed between asking and signing: the trial names no process."""
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    with quiet():
+        shared.study.ask()
+    tuning.tune(params)
+    assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert len({row["train.lr"] for row in table()[1:]}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_other(
+    place: Path, tiny: Callable[..., config.Params], sampler: str
+) -> None:
+    """The second trial, of which params.yaml does not know the values."""
+    params = tiny(**TUNE | {"tune.trials": 4, "tune.sampler": sampler})
+    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+    first, second = shared.claim(), shared.claim()
+    assert first
+    assert second
+    for trial in (first, second):
+        trial.set_user_attr("pid", "999999999")
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    complete = [row for row in table() if row["state"] == "COMPLETE"]
+    assert len(complete) == len({row["train.lr"] for row in complete}) == 4
+
+
+def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tuning_study.MAX_KILLS", 2)
+    params = tiny(**TUNE | {"tune.trials": 1})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    for _ in range(3):
+        trial = shared.claim()
+        assert trial
+        shared.space[0].suggest(trial)
+        trial.set_user_attr("pid", "999999999")
+    with shared.alone():
+        shared.recover()
+        shared.recover()  # changes nothing
+    assert [t.state.name for t in shared.trials()] == ["FAIL"] * 3
+    assert len({t.params["train.lr"] for t in shared.trials()}) == 1
+    new = shared.claim()
+    assert new
+    assert "failed_trial" not in shared.trials()[new.number].system_attrs
+
+
+def test_a_setting_off_the_grid_is_not_the_first_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.space": {"train.batch_size": {"low": 2, "high": 8, "step": 3}}})
+    assert params.train.batch_size == 4
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    assert shared.space[0].suggest(trial) in (2, 5, 8)
+    trial.set_user_attr("pid", "999999999")
+    again = shared.claim()
+    assert again
+    assert shared.trials()[1].system_attrs["failed_trial"] == 0
+
+
+def test_a_trial_of_another_machine_is_tried_again_when_its_heart_has_stopped(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    """Whose worker may have died right after it took the trial."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    for _ in range(2):
+        trial = shared.claim()
+        assert trial
+        shared.space[0].suggest(trial)
+        trial.set_user_attr("host", "another machine")
+    late = f"datetime('now', '-{GRACE_SECONDS + 5} seconds')"
+    with shared.storage.engine.begin() as connection:
+        beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").scalars().all()
+        connection.exec_driver_sql(f"UPDATE trial_heartbeats SET heartbeat = {late} WHERE trial_id = {beats[0]}")
+    assert len(beats) == 2
+    taken = shared.claim()
+    assert taken
+    assert [t.state.name for t in shared.trials()] == ["FAIL", "RUNNING", "RUNNING"]
+    assert shared.trials()[taken.number].system_attrs["failed_trial"] == 0
+    assert shared.trials()[taken.number].params == shared.trials()[0].params
+    assert shared.claim() is None, "the trial whose heart beats was taken"
+
+
+def test_a_trial_that_a_dead_workers_server_completes_meanwhile_counts(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres may commit what a worker sent it after that was killed, and after recovery looked."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    done = shared.claim()
+    assert done
+    done.set_user_attr("pid", "999999999")
+    real = shared.study.tell
+
+    def late(number: int, **how: Any) -> None:
+        monkeypatch.setattr(shared.study, "tell", real)
+        monkeypatch.setattr(shared.study.sampler, "after_trial", lambda *_: complete())
+        real(number, **how)
+
+    def complete() -> None:
+        shared.storage.set_trial_state_values(done._trial_id, optuna.trial.TrialState.COMPLETE, [1.0])
+
+    monkeypatch.setattr(shared.study, "tell", late)
+    new = shared.claim()
+    assert new
+    assert [(t.state.name, t.values) for t in shared.trials()] == [("COMPLETE", [1.0]), ("RUNNING", None)]
+
+
+def test_a_worker_that_was_taken_for_dead_does_not_spoil_what_came_after(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finishes after its trial was given to another: the value counts once, and it goes on with another trial."""
+    params = tiny(**TUNE | {"tune.trials": 2})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    late = shared.claim()
+    assert late
+    late.set_user_attr("pid", "999999999")
+    other = SharedStudy(name_of(params), params, storage_url(params.tune)).claim()
+    assert other
+    assert not shared.tell(late, "COMPLETE", 1.0)
+    assert shared.tell(other, "COMPLETE", 2.0)
+    assert [(t.state.name, t.values) for t in shared.trials()] == [("FAIL", None), ("COMPLETE", [2.0])]
+
+
+def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE)
+    views = [SharedStudy(name_of(params), params, storage_url(params.tune)) for _ in range(2)]
+    claimed = [views[i % 2].claim() for i in range(4)]
+    assert [trial and trial.number for trial in claimed] == [0, 1, 2, None]
+    views[0].tell(claimed[0], "FAIL", final=True, reason="bad")
+    assert [views[1].claim().number, views[0].claim()] == [3, None]
+
+
+def test_the_store_is_in_wal_mode_with_heartbeats(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tuning_study.HEARTBEAT_SECONDS", 0.02)
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    with sqlite3.connect(paths.OPTUNA_DB) as database:
+        assert database.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+
+        def beats() -> list[tuple[int, str]]:
+            return database.execute("SELECT trial_id, heartbeat FROM trial_heartbeats").fetchall()
+
+        assert [beat[0] for beat in beats()] == [trial._trial_id], "there is none before the work begins"
+        database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'")
+        database.commit()
+        with shared.beating(trial):
+            for _ in range(5000):
+                if beats()[0][1] > "2001":
+                    break
+                time.sleep(0.02)
+        assert beats()[0][1] > "2001"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variable", "words"),
+    [
+        ({"tune.workers": 5}, "", ["tune.workers = 5", "more than 4", "postgresql://"]),
+        ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://me:***@host/db", "neither", "postgresql://"]),
+        ({}, "redis://host", ["OPTUNA_STORAGE = redis://host", "neither"]),
+        ({}, "sqlite://", ["OPTUNA_STORAGE = sqlite://", "names no file"]),
+        ({"tune.storage": "sqlite:///:memory:"}, "", ["tune.storage = sqlite:", "names no file"]),
+        ({"tune.storage": "a secret place"}, "", ["tune.storage = what is no URL", "postgresql://"]),
+        ({"tune.storage": "mysql://me:se/secret@host/db?password=secret"}, "", ["mysql://me:***@host/db is neither"]),
+    ],
+    ids=str,
+)
+def test_a_store_that_will_not_do_is_refused(
+    overrides: dict[str, Any],
+    variable: str,
+    words: list[str],
+    tiny: Callable[..., config.Params],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", variable)
+    with pytest.raises(UserError) as caught:
+        storage_url(tiny(**overrides).tune)
+    for word in words:
+        assert word in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_is_no_database_is_one_line(place: Path, tiny: Callable[..., config.Params]) -> None:
+    paths.OPTUNA_DB.parent.mkdir()
+    paths.OPTUNA_DB.write_text("no database " * 100)
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        tuning.tune(tiny(**TUNE))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("the server closed\nthe connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.trial.Trial, "report", away)
+        with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
+            tuning.tune(tiny(**TUNE))
+    assert states() == ["RUNNING"]
+    monkeypatch.setattr("diffusion.tuning_study.is_alive", lambda tags: False)
+    tuning.tune(tiny(**TUNE))
+    assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]
