@@ -4,8 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fast_trials
+import numpy as np
 import pytest
 from conftest import REPO
+from PIL import Image
 from ruamel.yaml import YAML
 from studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_after, table
 
@@ -79,6 +81,10 @@ def test_the_figures_are_drawn(
     tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
     drawn = {path.name for path in paths.TUNING_FIGURES.glob("*.png")}
     assert drawn == {"history.png", "importance.png", "parallel.png", "slice.png", "intermediate.png"}
+    for path in paths.TUNING_FIGURES.glob("*.png"):
+        image = np.asarray(Image.open(path))
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        assert (border == 255).all(), f"{path.name}: a label is cut off at the edge"
 
 
 def test_each_trial_is_a_run_below_the_studys(

@@ -5,6 +5,7 @@ returns the Figure; the function beside it writes it to a PNG file.
 """
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
 from diffusion import images as pictures
 from diffusion.config import DiffusionConfig
@@ -183,11 +185,16 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def save_pyplot(figure: Figure, path: Path) -> None:
-    """As `save`, for a figure that another library made with pyplot, which is told to forget it."""
+    """As `save`, for a figure that another library made with pyplot, which is told to forget it.
+
+    The picture is as large as what is in it: such a library may leave labels and legends outside of the figure.
+    """
     from matplotlib import pyplot
 
-    save(figure, path)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(figure)
+    pictures.save_png(np.asarray(Image.open(drawn).convert("RGB")), path)
 
 
 def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:

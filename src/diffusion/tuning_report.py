@@ -17,12 +17,13 @@ from diffusion.tuning_study import COUNTED, SharedStudy, quiet
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+SLICE, INTERMEDIATE = "slice.png", "intermediate.png"
 FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matplotlib
     "history.png": "plot_optimization_history",
     "importance.png": "plot_param_importances",
     "parallel.png": "plot_parallel_coordinate",
-    "slice.png": "plot_slice",
-    "intermediate.png": "plot_intermediate_values",
+    SLICE: "plot_slice",
+    INTERMEDIATE: "plot_intermediate_values",
 }
 
 
@@ -121,11 +122,17 @@ def draw_figures(shared: SharedStudy) -> None:
         path.unlink(missing_ok=True)
         try:
             with quiet():
-                axes = getattr(charts, function)(study)
+                named = {} if name == INTERMEDIATE else {"target_name": "fd_lite0"}
+                drawn = getattr(charts, function)(study, **named)
         except (ValueError, RuntimeError, ImportError) as error:
             reasons.append(f"{name} ({' '.join(str(error).split())[:80]})")
             continue
-        figures.save_pyplot(np.ravel(np.asarray(axes, dtype=object))[0].figure, path)
+        axes = np.ravel(np.asarray(drawn, dtype=object))
+        if name == INTERMEDIATE:
+            axes[0].set(title="What the pruner sees", xlabel="images seen", ylabel="error on common noise levels")
+        if name == SLICE:
+            axes[0].figure.set_size_inches(4.5 * len(axes), 4)  # room for the numbers of a log axis
+        figures.save_pyplot(axes[0].figure, path)
     if reasons and len(shared.trials("COMPLETE")) > 1:
         warn(f"not drawn: {', '.join(reasons)}")
 
