@@ -106,8 +106,9 @@ def pages(folder: Path) -> Iterator[tuple[str, str]]:
 def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     scores, losses, best, ids = {}, {}, {}, []
+    recipe = {"tracking.enabled": True, "train.lr_schedule": "linear", "diffusion.schedule": "cosine"}
     for lr, name in ((2e-3, "lr2e-3-linear-cosine-v"), (1e-4, "lr1e-4-linear-cosine-v")):
-        write_params(**{"tracking.enabled": True, "train.lr": lr})
+        write_params(**recipe, **{"train.lr": lr})
         run_all(*([] if ids else ["prepare", "reference"]), "train", "sample", "evaluate")
         scores[name] = json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"]
         best[name] = json.loads(paths.TRAIN_METRICS.read_text())["best_val_loss"]

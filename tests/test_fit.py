@@ -19,3 +19,13 @@ def test_the_params_file_that_is_uploaded_has_no_passwords(
     assert uploaded.tune.storage is None
     assert "secret" not in (tmp_path / "params.yaml").read_text()
     assert (uploaded.train, uploaded.model) == (params.train, params.model)
+
+
+@pytest.mark.parametrize(
+    ("lr", "words"), [(2e-3, "lr2e-3"), (0.004685, "lr4.68e-3"), (1.5e-4, "lr1.5e-4"), (0.02, "lr2e-2"), (1.0, "lr1.0")]
+)
+def test_a_runs_name_has_three_digits_of_the_learning_rate(
+    tiny: Callable[..., config.Params], lr: float, words: str
+) -> None:
+    schedules = {"train.lr_schedule": "linear", "diffusion.schedule": "cosine", "diffusion.prediction": "v"}
+    assert fit.run_name(tiny(**schedules, **{"train.lr": lr})) == f"{words}-linear-cosine-v"

@@ -213,10 +213,12 @@ def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Proj
     before = sorted(path for path in project.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns")))
     text = (project.folder / "params.yaml").read_text()
     in_experiment = ("--experiment-name", EXPERIMENT)
-    said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1e-3")
-    assert "train.steps = 5, train.lr = 0.001" in said
+    said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1.234e-3")
+    assert "train.steps = 5, train.lr = 0.001234" in said
     (run,) = runs(project)
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "lr1e-3-linear-cosine-v")
+    default = config.load(REPO / "params.yaml")
+    words = f"{default.train.lr_schedule}-{default.diffusion.schedule}-{default.diffusion.prediction}"
+    assert (run.info.status, run.info.run_name) == ("FINISHED", f"lr1.23e-3-{words}")
     assert (run.data.params["train.steps"], run.data.params["train.batch_size"]) == ("5", "4")
     assert run.data.metrics.keys() >= {"final/val_loss", "evaluate/fd_lite0_12"}
     assert (project.folder / "params.yaml").read_text() == text

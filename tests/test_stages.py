@@ -250,7 +250,8 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef0123456789abcdef")  # must have no effect
-    write_params(**{"tracking.enabled": True, "tracking.experiment": "test"})
+    schedules = {"train.lr": 2e-3, "train.lr_schedule": "linear", "diffusion.schedule": "cosine"}
+    write_params(**{"tracking.enabled": True, "tracking.experiment": "test", **schedules})
     run_all()
     run_all("train", "sample", "evaluate")
     client = MlflowClient(f"sqlite:///{paths.MLFLOW_DB}")

@@ -185,7 +185,8 @@ def _described_data() -> dict[str, str]:
 
 def run_name(params: Params | TrainedConfig) -> str:
     """Short and telling: learning rate, its schedule, noise schedule, what is predicted."""
-    lr = f"{params.train.lr:.0e}".replace("e-0", "e-") if params.train.lr < 1 else str(params.train.lr)
+    digits, exponent = f"{params.train.lr:.2e}".split("e")
+    lr = f"{float(digits):g}e{int(exponent)}" if params.train.lr < 1 else str(params.train.lr)
     return f"lr{lr}-{params.train.lr_schedule}-{params.diffusion.schedule}-{params.diffusion.prediction}"
 
 
