@@ -51,14 +51,14 @@ report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report
 
 bench: setup  ## measure quality and speed, ours and peers', more than an hour (writes benchmarks/results/)
-	@dvc repro prepare
+	@dvc repro prepare reference
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-bench.lock
 	@for name in group_norm malloc precision laptop_quality train_speed sample_speed overheads tracking_cost tune_overhead \
 		inception_speed fid_parity data_scale time_to_quality; do \
 		$(BIN)/python benchmarks/$$name.py || exit; done
 
 bench-quality: setup  ## solvers, objectives and classes compared by their samples, about three hours
-	@dvc repro train
+	@dvc repro train reference
 	@for name in solvers objectives classes; do $(BIN)/python benchmarks/$$name.py || exit; done
 
 clean:  ## remove checkpoints, downloads and the virtual environment; DVC's cache and MLflow's store stay

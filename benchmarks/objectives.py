@@ -2,7 +2,7 @@
 
 Every training sees as many images as params.yaml says, with one thread, two at a time. Then 2,000 images by two
 samplers, scored as fd_lite0 against the first 10,000 training images. What is done is kept in results/objectives.json;
-another recipe begins it anew. Needs the data: run `dvc repro prepare` once.
+another recipe begins it anew. Needs the data: run `dvc repro prepare reference` once.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How good are the samples for how many network evaluations? Each solver on the model of `dvc repro train`.
+"""How good are the samples for how many network evaluations? Each solver on the model of `dvc repro train reference`.
 
 fd_lite0 of the same noises drawn by each solver and spacing with 5 to 20 evaluations, by each solver's trailing steps
 with 50 and 100, and by ddpm with 1,000, against the first 10,000 training images. What is done is kept in
@@ -15,19 +15,17 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
 from diffusion import diagrams, figures, paths, sampling
 from diffusion.config import Params, SampleConfig, load, trained_from_dict
-from diffusion.data import real_images
 from diffusion.export import load_denoiser, read_card
 from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.parameterization import Denoiser
-from diffusion.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.samplers import evaluations
+from diffusion.tuning_objective import load_reference
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
 FEW = 20  # evaluations of the comparison of spacings
@@ -104,12 +102,11 @@ def model(params: Params, device: torch.device) -> tuple[Denoiser, dict[str, Any
 
 
 class Scorer:
-    """fd_lite0 of images that a solver draws; the real images' statistics are made once."""
+    """fd_lite0 of images that a solver draws; the real images' statistics are those of the reference stage."""
 
     def __init__(self, params: Params, device: torch.device) -> None:
         self.params, self.device, self.extractor = params, device, EfficientNetLite0()
-        real = real_images("train")[:REFERENCE]
-        self.reference = make_reference(real, "train", self.extractor, params.evaluate.batch_size, device)
+        self.reference = load_reference(params, self.extractor)
 
     def __call__(self, denoiser: Denoiser, config: SampleConfig, indices: range) -> float:
         drawn = sampling.generate(denoiser, config, self.params.seed, indices, self.device)

@@ -2,7 +2,7 @@
 
 The best setting is read from tuning/best.yaml, so run this before `make tune-apply`. 2,000 images of each training are
 scored as fd_lite0. One thread each, two at a time. What is done is kept in results/tune_gain.json; another recipe or
-another best begins it anew. Needs the data: run `dvc repro prepare` once.
+another best begins it anew. Needs the data: run `dvc repro prepare reference` once.
 """
 
 import json

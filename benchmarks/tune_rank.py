@@ -3,7 +3,7 @@
 Each setting is trained twice: as a trial of `make tune` is (tune.images_per_trial), where both candidate objectives are
 taken, the error on common noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; and for
 the whole budget of params.yaml, where 2,000 images are scored. One thread each, two at a time. What is done is kept in
-results/tune_rank.json; another recipe begins it anew. Needs the data: run `dvc repro prepare` once.
+results/tune_rank.json; another recipe begins it anew. Needs the data: run `dvc repro prepare reference` once.
 """
 
 import hashlib
