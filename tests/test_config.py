@@ -96,7 +96,10 @@ def test_a_papers_recipe_is_what_the_paper_prints(name: str) -> None:
     [
         ({"sample.sampler": "ddpm", "sample.variance": "fixed_large", "sample.steps": 100}, "fixed_large leaves noise"),
         ({"sample.sampler": "unipc", "sample.spacing": "uniform", "sample.steps": 10}, "uniform .* overshoots"),
-        ({"diffusion.prediction": "eps", "sample.clip_x0": False}, "the cosine schedule leaves so little signal"),
+        (
+            {"diffusion.schedule": "cosine", "diffusion.prediction": "eps", "sample.clip_x0": False},
+            "the cosine schedule leaves so little signal",
+        ),
         ({"sample.sampler": "heun", "sample.eta": 0.5}, "heun ignores it"),
     ],
     ids=str,
@@ -141,7 +144,7 @@ def test_a_doubtful_pair_is_one_line(overrides: dict[str, object], words: str) -
         ),
         ({"model.num_classes": 10, "train.label_dropout": 1.0}, ["train.label_dropout = 1"]),
         ({"model.attention_resolutions": [5]}, ["model.attention_resolutions = 5", "[16, 8, 4]"]),
-        ({"train.steps": 50}, ["train.warmup_steps = 100", "train.steps = 50"]),
+        ({"train.steps": 50, "train.warmup_steps": 100}, ["train.warmup_steps = 100", "train.steps = 50"]),
         ({"sample.guidance": 2.0}, ["sample.guidance", "model.num_classes"]),
         ({"sample.labels": [1]}, ["sample.labels", "model.num_classes"]),
         ({"sample.labels": [1, 10], "model.num_classes": 10}, ["sample.labels = [1, 10]", "0 to 9"]),
