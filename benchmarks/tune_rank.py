@@ -1,8 +1,9 @@
 """Does a short trial foretell the result of a whole training? Rank correlations over ten settings.
 
-Each setting is trained twice: as a trial of `make tune` is (tune.images_per_trial), where both candidate objectives are
-taken, the error on common noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; and for
-the whole budget of params.yaml, where 2,000 images are scored. One thread each, two at a time. What is done is kept in
+Each setting is trained as a trial of `make tune` is (tune.images_per_trial), where both candidate objectives are taken,
+the error on common noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; again with the
+learning rate as it stands, which a trial makes larger; and for the whole budget of params.yaml, where 2,000 images are
+scored. One thread each, two at a time. What is done is kept in
 results/tune_rank.json; another recipe begins it anew. Needs the data: run `dvc repro prepare reference` once.
 """
 
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +31,33 @@ from diffusion.tuning_objective import common_error, draw, score
 from diffusion.tuning_space import trial_config
 
 CPU = torch.device("cpu")
-KEYS = ("train.lr", "train.lr_schedule", "diffusion.schedule")
+KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")
 SETTINGS = (
-    (2e-3, "linear", "cosine"),
-    (2e-3, "constant", "cosine"),
-    (2e-3, "cosine", "cosine"),
-    (2e-3, "linear", "linear"),
-    (2e-3, "linear", "sigmoid"),
-    (5e-4, "linear", "cosine"),
-    (5e-3, "linear", "cosine"),
-    (5e-4, "constant", "linear"),
-    (5e-3, "constant", "sigmoid"),
-    (2e-4, "cosine", "linear"),
+    (2e-3, "linear", 100, "cosine"),
+    (2e-3, "linear", 100, "sigmoid"),
+    (3e-3, "cosine", 300, "sigmoid"),
+    (3e-3, "linear", 100, "cosine"),
+    (1e-3, "linear", 100, "cosine"),
+    (5e-3, "cosine", 300, "sigmoid"),
+    (2e-3, "constant", 100, "cosine"),
+    (2e-3, "linear", 100, "linear"),
+    (5e-4, "cosine", 300, "sigmoid"),
+    (5e-4, "constant", 0, "linear"),
 )
-BUDGETS = ("trial", "whole")
+KINDS = ("trial", "trial with the same rate", "whole")
 CANDIDATES = ("common_error_half", "common_error", "fd_lite0")
 FINAL = "ddim-20 trailing"
 
 
 @click.command()
 @click.option("--at-once", default=2, show_default=True, help="Trainings side by side, one thread each.")
-def main(at_once: int) -> None:
+@click.option("--only", type=click.Choice(KINDS), default=None, help="Trainings of this kind alone.")
+def main(at_once: int, only: str | None) -> None:
     """Train what is missing, score, print one JSON line, write results/tune_rank.json."""
     recipe = identity()
     found = kept(recipe)
-    todo = [(setting, budget) for setting in SETTINGS for budget in BUDGETS if name(setting, budget) not in found]
+    wanted = [(setting, kind) for setting in SETTINGS for kind in ([only] if only else KINDS)]
+    todo = [(setting, kind) for setting, kind in wanted if name(setting, kind) not in found]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
         for key, result in pool.imap_unordered(_task, todo):
             found[key] = result
@@ -62,9 +66,9 @@ def main(at_once: int) -> None:
     write(recipe, found)
 
 
-def name(setting: tuple[Any, ...], budget: str) -> str:
+def name(setting: tuple[Any, ...], kind: str) -> str:
     """Key of a result."""
-    return f"{setting[0]:g} {setting[1]}, {setting[2]}: {budget}"
+    return f"{setting[0]:g} {setting[1]} after {setting[2]}, {setting[3]}: {kind}"
 
 
 def identity() -> str:
@@ -77,20 +81,24 @@ def identity() -> str:
 
 
 def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
-    setting, budget = task
+    setting, kind = task
     torch.set_num_threads(1)
     keep_freed_memory()
     values = dict(zip(KEYS, setting, strict=True))
-    result = trial(values) if budget == "trial" else quality(values, load("params.yaml").seed, [DDIM])
-    return name(setting, budget), result
+    if kind == "whole":
+        return name(setting, kind), quality(values, load("params.yaml").seed, [DDIM])
+    return name(setting, kind), trial(values, same_rate=kind != "trial")
 
 
-def trial(values: Mapping[str, Any]) -> dict[str, Any]:
+def trial(values: Mapping[str, Any], *, same_rate: bool) -> dict[str, Any]:
     """One training as long as a trial, and what it could be judged by."""
     params = load("params.yaml")
     scorer, errors = Scorer(params, CPU), {}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(trial_config(params, values), Dataset.load(), Path(folder), CPU)
+        config = trial_config(params, values)
+        if same_rate:
+            config = replace(config, train=replace(config.train, lr=values["train.lr"]))
+        trainer = Trainer(config, Dataset.load(), Path(folder), CPU)
         steps = trainer.config.train.steps
         points = {max(1, steps // 2): "common_error_half", steps: "common_error"}
         for record in train(trainer):
@@ -102,18 +110,22 @@ def trial(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def correlations(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Spearman's rho of each candidate with the final score, over the settings that have both."""
-    both = [s for s in SETTINGS if name(s, "trial") in found and name(s, "whole") in found]
-    if len(both) < 3:
-        return {"settings": len(both)}
-    final = [found[name(s, "whole")]["fd_lite0"][FINAL] for s in both]
-    table: dict[str, Any] = {"settings": len(both)}
-    for candidate in CANDIDATES:
-        values = [found[name(s, "trial")][candidate] for s in both]
-        best = both[values.index(min(values))]
-        rank = sorted(final).index(found[name(best, "whole")]["fd_lite0"][FINAL]) + 1
-        rho = float(spearmanr(values, final).statistic)
-        table[candidate] = {"spearman": round(rho, 3), "its_best_ends_as_number": rank}
+    """For each kind of trial: Spearman's rho of each candidate with the final score, over the settings that have both.
+
+    `its_best_ends_as_number`: the place, of those settings, of the one that the candidate would choose.
+    """
+    table: dict[str, Any] = {}
+    for kind in KINDS[:-1]:
+        both = [s for s in SETTINGS if name(s, kind) in found and name(s, "whole") in found]
+        table[kind] = {"settings": len(both)}
+        if len(both) < 3:
+            continue
+        final = [found[name(s, "whole")]["fd_lite0"][FINAL] for s in both]
+        for candidate in CANDIDATES:
+            values = [found[name(s, kind)][candidate] for s in both]
+            chosen = final[values.index(min(values))]
+            rho = round(float(spearmanr(values, final).statistic), 3)
+            table[kind][candidate] = {"spearman": rho, "its_best_ends_as_number": sorted(final).index(chosen) + 1}
     return table
 
 

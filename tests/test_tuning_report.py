@@ -124,7 +124,7 @@ def test_each_trial_is_a_run_below_the_studys(
     rows = {row["retry_of"] or row["number"]: row for row in table() if row["state"] == "COMPLETE"}
     for number in ("0", "2"):
         run = found[f"trial {number}"]
-        assert run.data.params["train.lr"] == rows[number]["train.lr"]
+        assert run.data.params["whole.train.lr"] == rows[number]["train.lr"]
         assert run.data.metrics["fd_lite0"] == float(rows[number]["value"])
         curve = client.get_metric_history(run.info.run_id, "val/common_error")
         assert sorted({point.step for point in curve}) == list(range(1, 9))

@@ -127,15 +127,17 @@ def test_what_is_trained_is_what_the_tables_say(tiny: Callable[..., config.Param
 
 
 def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Params]) -> None:
-    base = config.load(REPO / "params.yaml")
+    base = config.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000, "train.steps": 6000})
     cut = trial_config(base, {"train.lr": 3e-4, "diffusion.schedule": "sigmoid"})
-    assert (cut.train.lr, cut.diffusion.schedule, cut.train.lr_schedule) == (3e-4, "sigmoid", base.train.lr_schedule)
+    assert (cut.diffusion.schedule, cut.train.lr_schedule) == ("sigmoid", base.train.lr_schedule)
+    assert cut.train.lr == pytest.approx(6e-4)  # 3e-4 is of a training four times as long
     assert cut.train.steps == base.tune.images_per_trial // base.train.batch_size
     assert cut.train.warmup_steps / cut.train.steps == pytest.approx(
         base.train.warmup_steps / base.train.steps, rel=0.1
     )
     window, whole_window = 1 / (1 - cut.train.ema_decay), 1 / (1 - base.train.ema_decay)
     assert window / cut.train.steps == pytest.approx(whole_window / base.train.steps)
+    assert trial_config(base, {"train.lr": 0.9}).train.lr == 1.0  # the largest that is allowed
     shortest = trial_config(tiny(**{"tune.images_per_trial": 1}), {}).train
     every = (shortest.log_every, shortest.validate_every, shortest.preview_every, shortest.checkpoint_every)
     assert (shortest.steps, shortest.warmup_steps, *every) == (1, 0, 1, 1, 1, 1)

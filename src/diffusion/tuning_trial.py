@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 REPORTS = 8  # intermediate values a trial
 SHOWN = 64  # images of a trial's picture
+WHOLE = "whole."  # begins the names of the values searched, as params.yaml has them; without it: as the trial trains
 LINE_SECONDS = 30.0  # between two lines of a worker in a log file
 
 
@@ -111,7 +112,7 @@ class Trainings:
         )
         pruned: PrunedError | None = None
         with tracking.closing_status(tracker, "trial"):
-            tracker.params(flat(config))
+            tracker.params(flat(config) | {f"{WHOLE}{key}": value for key, value in attempt.values.items()})
             tracker.tags({"trial.state": "RUNNING"})
             try:
                 trainer = Trainer(config, self.data, attempt.folder, resolve_device(config.train.device))
