@@ -3,7 +3,7 @@
 The real workers, store, recovery and tables; only what a trial computes is simulated (tests/fast_trials.py). Prints
 figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names another store than SQLite.
 
-    PYTHONPATH=src:tests python tests/stress/tune_kill.py
+    python tests/stress/tune_kill.py
 """
 
 import collections
@@ -21,9 +21,11 @@ from pathlib import Path
 
 import click
 import psutil
-from fast_trials import Store
 
 REPO = Path(__file__).parents[2]
+sys.path.insert(0, str(REPO / "tests"))
+
+from fast_trials import Store  # noqa: E402
 
 
 @click.command()
