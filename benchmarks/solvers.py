@@ -15,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
 from diffusion import diagrams, figures, paths, sampling
@@ -23,9 +24,9 @@ from diffusion.export import load_denoiser, read_card
 from diffusion.extraction import moments_of
 from diffusion.features import EfficientNetLite0
 from diffusion.parameterization import Denoiser
+from diffusion.reference import Reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.samplers import evaluations
-from diffusion.tuning_objective import load_reference
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
 FEW = 20  # evaluations of the comparison of spacings
@@ -106,7 +107,8 @@ class Scorer:
 
     def __init__(self, params: Params, device: torch.device) -> None:
         self.params, self.device, self.extractor = params, device, EfficientNetLite0()
-        self.reference = load_reference(params, self.extractor)
+        file, described = paths.REFERENCE / f"{self.extractor.metric}.npz", self.extractor.describe()
+        self.reference = Reference.load(file, described, split="train", images=REFERENCE)  # whatever params.yaml says
 
     def __call__(self, denoiser: Denoiser, config: SampleConfig, indices: range) -> float:
         drawn = sampling.generate(denoiser, config, self.params.seed, indices, self.device)

@@ -28,7 +28,7 @@ from diffusion.data import Dataset
 from diffusion.runtime import keep_freed_memory
 from diffusion.training import Trainer, train
 from diffusion.tuning_objective import common_error, draw, score
-from diffusion.tuning_space import trial_config
+from diffusion.tuning_space import LR_HORIZON, trial_config
 
 CPU = torch.device("cpu")
 KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")
@@ -44,7 +44,7 @@ SETTINGS = (
     (5e-4, "cosine", 300, "sigmoid"),
     (5e-4, "constant", 0, "linear"),
 )
-KINDS = ("trial", "trial with the same rate", "whole")
+KINDS = (f"trial, rate by length to -{LR_HORIZON}", "trial with the same rate", "whole")
 CANDIDATES = ("common_error_half", "common_error", "fd_lite0")
 FINAL = "ddim-20 trailing"
 
@@ -87,7 +87,7 @@ def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
     values = dict(zip(KEYS, setting, strict=True))
     if kind == "whole":
         return name(setting, kind), quality(values, load("params.yaml").seed, [DDIM])
-    return name(setting, kind), trial(values, same_rate=kind != "trial")
+    return name(setting, kind), trial(values, same_rate=kind != KINDS[0])
 
 
 def trial(values: Mapping[str, Any], *, same_rate: bool) -> dict[str, Any]:

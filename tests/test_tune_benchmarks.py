@@ -25,16 +25,16 @@ def test_rank_correlations_are_of_the_settings_that_have_both(script: Any) -> No
     for i, setting in enumerate(rank.SETTINGS[:5]):
         found[rank.name(setting, "whole")] = {"fd_lite0": {rank.FINAL: 300.0 + 10 * i}}
         values = {"common_error_half": [5, 4, 3, 2, 1][i], "common_error": [1, 2, 3, 5, 4][i], "fd_lite0": i**3}
-        found[rank.name(setting, "trial")] = values
-    found[rank.name(rank.SETTINGS[5], "trial")] = values
+        found[rank.name(setting, rank.KINDS[0])] = values
+    found[rank.name(rank.SETTINGS[5], rank.KINDS[0])] = values
     tables = rank.correlations(found)
     assert tables["trial with the same rate"] == {"settings": 0}
-    table = tables["trial"]
+    table = tables[rank.KINDS[0]]
     assert table["settings"] == 5
     assert table["fd_lite0"] == {"spearman": 1.0, "its_best_ends_as_number": 1}
     assert table["common_error_half"] == {"spearman": -1.0, "its_best_ends_as_number": 5}
     assert table["common_error"]["spearman"] == 0.9  # 1 - 6 (1 + 1) / (5 (25 - 1))
-    assert rank.correlations({})["trial"] == {"settings": 0}
+    assert rank.correlations({})[rank.KINDS[0]] == {"settings": 0}
 
 
 def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
