@@ -47,8 +47,10 @@ class Project:
             labels = np.arange(count, dtype=np.uint8) % 10
             np.savez(folder / f"data/cifar10/{split}.npz", images=coarse.repeat(8, 1).repeat(8, 2), labels=labels)
         self.git("init", "-q")
+        for key, value in (("user.name", "t"), ("user.email", "t@example.org")):  # `dvc exp apply` wants them too
+            self.git("config", key, value)
         self.git("add", "-A")
-        self.git("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start")
+        self.git("commit", "-qm", "start")
         self.dvc("commit", "-f", "download")  # stands for a download: the real digests cannot be had from tiny images
 
     def git(self, *arguments: str) -> str:

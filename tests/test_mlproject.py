@@ -192,7 +192,7 @@ def mlflow_run(folder: Path, *arguments: str, env_manager: str = "local") -> str
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     made = Project(tmp_path_factory.mktemp("mlproject") / "project")
     made.set(tracking__enabled=True)
-    made.git("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "tracked")
+    made.git("commit", "-qam", "tracked")
     return made
 
 
