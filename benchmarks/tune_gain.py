@@ -1,8 +1,8 @@
 """Is what `make tune` found better than what params.yaml has? Both trained for the whole budget, fresh seeds each.
 
 The best setting is read from tuning/best.yaml, so run this before `make tune-apply`. 2,000 images of each training are
-scored as fd_lite0. One thread each, two at a time. What is done is kept in results/tune_gain.json; another recipe or
-another best begins it anew. Needs the data: run `dvc repro prepare reference` once.
+scored as fd_lite0. One thread each, two at a time. What is done is kept in results/tune_gain.json; another recipe
+begins it anew, another best keeps the default's trainings. Needs the data: run `dvc repro prepare reference` once.
 """
 
 import json
@@ -86,10 +86,14 @@ def write(about: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 
 def kept(about: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainings in results/tune_gain.json that are of the same two settings."""
+    """The trainings in results/tune_gain.json that are of the same recipe, and of the same values where it has them."""
     path = RESULTS / "tune_gain.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    return dict(content["trainings"]) if content.get("compared") == about else {}
+    earlier = content.get("compared", {})
+    if not earlier or earlier.get("recipe") != about.get("recipe"):
+        return {}
+    same = tuple(f"{name}," for name in ("default", "best") if name == "default" or earlier[name] == about[name])
+    return {key: result for key, result in content["trainings"].items() if key.startswith(same)}
 
 
 if __name__ == "__main__":

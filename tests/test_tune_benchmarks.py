@@ -77,19 +77,24 @@ def test_a_gain_counts_if_it_is_more_than_the_seeds_spread(script: Any) -> None:
     assert "gain" not in gain.summary(found([320.0], []))
 
 
-def test_results_are_kept_for_the_same_recipe_alone(
+def test_results_are_kept_for_the_same_recipe_and_setting_alone(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(REPO)
     machine = script("machine")
-    for name, about in (("tune_rank", "abc"), ("tune_gain", {"default": {}, "best": {}})):
+    compared = {"default": {"train.lr": 1}, "best": {"train.lr": 2}, "recipe": {"train.lr": 1, "seed": 0}}
+    trainings = ["best, seed 1000", "default, seed 1000"]
+    for name, about in (("tune_rank", "abc"), ("tune_gain", compared)):
         module = script(name)
         for other in (module, machine):
             monkeypatch.setattr(other, "RESULTS", tmp_path)
-        module.write(about, {"best, seed 1000": {"fd_lite0": {module.FINAL: 1.0}}})
-        assert list(module.kept(about)) == ["best, seed 1000"]
+        assert module.kept(about) == {}
+        module.write(about, {key: {"fd_lite0": {module.FINAL: 1.0}} for key in trainings})
+        assert list(module.kept(about)) == trainings
         assert module.kept({"another": 1}) == {}
         assert json.loads(capsys.readouterr().out)["machine"]
+    assert list(module.kept(compared | {"best": {"train.lr": 3}})) == ["default, seed 1000"]
+    assert module.kept(compared | {"recipe": {"train.lr": 1, "seed": 1}}) == {}
     best = tmp_path / "best.yaml"
     best.write_text("train:\n  lr: 0.001\n  warmup_steps: 300\ndiffusion:\n  schedule: linear\n")
     gain = script("tune_gain")
