@@ -1,20 +1,23 @@
 """What a search leaves: tables, figures, MLflow's runs."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import fast_trials
 import numpy as np
+import optuna
 import pytest
 from conftest import REPO
+from matplotlib.figure import Figure
 from PIL import Image
 from ruamel.yaml import YAML
 from studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_after, table
 
-from diffusion import config, paths, training, tuning, tuning_apply, tuning_trial
+from diffusion import config, figures, paths, training, tuning, tuning_apply, tuning_report, tuning_trial
 from diffusion.journal import NullTracker, Tracker
 from diffusion.training import Trainer
-from diffusion.tuning_study import SharedStudy, storage_url
+from diffusion.tuning_study import SharedStudy, quiet, storage_url
 from diffusion.tuning_trial import Attempt
 
 
@@ -85,6 +88,33 @@ def test_the_figures_are_drawn(
         image = np.asarray(Image.open(path))
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
         assert (border == 255).all(), f"{path.name}: a label is cut off at the edge"
+
+
+def test_importances_are_shares_of_the_variance(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sum of two terms on a full grid, where the shares are known."""
+    params = tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/study.db"})
+    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+    by_schedule = {"linear": 540.0, "cosine": 495.0, "sigmoid": 468.0}
+    by_rate = {3e-4: 0.0, 6e-4: 4.0, 1.2e-3: 8.0, 2.4e-3: 12.0}
+    study = optuna.load_study(study_name=shared.name, storage=shared.storage)
+    for schedule, lr in itertools.product(by_schedule, by_rate):
+        study.enqueue_trial({"train.lr": lr, "train.lr_schedule": "cosine", "diffusion.schedule": schedule})
+        with quiet():
+            trial = study.ask()
+        for dimension in shared.space:
+            dimension.suggest(trial)
+        study.tell(trial, by_schedule[schedule] + by_rate[lr])
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(figures, "save_pyplot", lambda figure, path: drawn.update({path.name: figure}))
+    tuning_report.draw_figures(shared)
+    axes = drawn["importance.png"].axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    shares = dict(zip(names, (bar.get_width() for bar in axes.patches), strict=False))
+    variances = np.var(list(by_schedule.values())), np.var(list(by_rate.values()))
+    assert shares["diffusion.schedule"] == pytest.approx(variances[0] / sum(variances), abs=0.05)
+    assert shares["train.lr"] == pytest.approx(variances[1] / sum(variances), abs=0.05)
 
 
 def test_each_trial_is_a_run_below_the_studys(
