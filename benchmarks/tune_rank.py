@@ -1,10 +1,11 @@
 """Does a short trial foretell the result of a whole training? Rank correlations over ten settings.
 
-Each setting is trained as a trial of `make tune` is (tune.images_per_trial), where both candidate objectives are taken,
-the error on common noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; again with the
-learning rate as it stands, which a trial makes larger; and for the whole budget of params.yaml, where 2,000 images are
-scored. One thread each, two at a time. What is done is kept in
-results/tune_rank.json; another recipe begins it anew. Needs the data: run `dvc repro prepare reference` once.
+Each setting is trained as a trial of `make tune` is, where both candidate objectives are taken, the error on common
+noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; if asked for, again with the learning
+rate as it stands, which a trial makes larger; and for the whole budget of params.yaml, where 2,000 images are scored.
+Whole trainings of the same setting that tune_gain.py has done count too: the final score is the mean. One thread each,
+two at a time. What is done is kept in results/tune_rank.json; another recipe begins it anew. Needs the data: run
+`dvc repro prepare reference` once.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import click
@@ -23,7 +25,7 @@ from objectives import DDIM, quality
 from scipy.stats import spearmanr
 from solvers import Scorer
 
-from diffusion.config import flat, load
+from diffusion.config import Params, flat, load, trained
 from diffusion.data import Dataset
 from diffusion.runtime import keep_freed_memory
 from diffusion.training import Trainer, train
@@ -44,19 +46,21 @@ SETTINGS = (
     (5e-4, "cosine", 300, "sigmoid"),
     (5e-4, "constant", 0, "linear"),
 )
-KINDS = (f"trial, rate by length to -{LR_HORIZON}", "trial with the same rate", "whole")
+KINDS = ("trial", "trial with the same rate", "whole")
 CANDIDATES = ("common_error_half", "common_error", "fd_lite0")
 FINAL = "ddim-20 trailing"
 
 
 @click.command()
 @click.option("--at-once", default=2, show_default=True, help="Trainings side by side, one thread each.")
-@click.option("--only", type=click.Choice(KINDS), default=None, help="Trainings of this kind alone.")
-def main(at_once: int, only: str | None) -> None:
+@click.option(
+    "--only", type=click.Choice(KINDS), multiple=True, default=("trial", "whole"), show_default=True, help="Kinds."
+)
+def main(at_once: int, only: tuple[str, ...]) -> None:
     """Train what is missing, score, print one JSON line, write results/tune_rank.json."""
-    recipe = identity()
+    recipe = digest(flat(trained(load("params.yaml"))))
     found = kept(recipe)
-    wanted = [(setting, kind) for setting in SETTINGS for kind in ([only] if only else KINDS)]
+    wanted = [(setting, kind) for setting in SETTINGS for kind in only]
     todo = [(setting, kind) for setting, kind in wanted if name(setting, kind) not in found]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
         for key, result in pool.imap_unordered(_task, todo):
@@ -71,13 +75,16 @@ def name(setting: tuple[Any, ...], kind: str) -> str:
     return f"{setting[0]:g} {setting[1]} after {setting[2]}, {setting[3]}: {kind}"
 
 
-def identity() -> str:
-    """16 hex digits that name all that the trainings share."""
-    params = load("params.yaml")
-    shared = {**flat(params.model, "model"), **flat(params.train, "train"), **flat(params.diffusion, "diffusion")}
-    shared |= {"images": params.tune.images_per_trial, "samples": params.tune.sample_images, "seed": params.seed}
-    recipe = {key: value for key, value in shared.items() if key not in KEYS}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+def digest(recipe: Mapping[str, Any]) -> str:
+    """16 hex digits that name all that the settings share of a training."""
+    shared = {key: value for key, value in recipe.items() if key not in KEYS}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def conditions(params: Params, kind: str) -> dict[str, Any]:
+    """What else a trial's result depends on."""
+    horizon = LR_HORIZON if kind == KINDS[0] else 0.0
+    return {"images": params.tune.images_per_trial, "samples": params.tune.sample_images, "lr_horizon": horizon}
 
 
 def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
@@ -87,16 +94,16 @@ def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
     values = dict(zip(KEYS, setting, strict=True))
     if kind == "whole":
         return name(setting, kind), quality(values, load("params.yaml").seed, [DDIM])
-    return name(setting, kind), trial(values, same_rate=kind != KINDS[0])
+    return name(setting, kind), trial(values, kind)
 
 
-def trial(values: Mapping[str, Any], *, same_rate: bool) -> dict[str, Any]:
+def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """One training as long as a trial, and what it could be judged by."""
     params = load("params.yaml")
     scorer, errors = Scorer(params, CPU), {}
     with tempfile.TemporaryDirectory() as folder:
         config = trial_config(params, values)
-        if same_rate:
+        if kind != KINDS[0]:
             config = replace(config, train=replace(config.train, lr=values["train.lr"]))
         trainer = Trainer(config, Dataset.load(), Path(folder), CPU)
         steps = trainer.config.train.steps
@@ -106,21 +113,36 @@ def trial(values: Mapping[str, Any], *, same_rate: bool) -> dict[str, Any]:
                 errors[points[record.step]] = round(common_error(trainer), 5)
     images = draw(trainer, params)
     distance = score(images, params, scorer.reference, scorer.extractor, CPU)
-    return {**errors, "fd_lite0": round(distance, 1), "train_seconds": round(trainer.progress.seconds)}
+    found = {**errors, "fd_lite0": round(distance, 1), "train_seconds": round(trainer.progress.seconds)}
+    return {**found, "conditions": conditions(params, kind)}
 
 
-def correlations(found: Mapping[str, Any]) -> dict[str, Any]:
+def finals(recipe: str, found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
+    """The scores of all whole trainings of each setting that has one, tune_gain.py's of the same recipe included."""
+    scores = {s: [found[name(s, "whole")]["fd_lite0"][FINAL]] for s in SETTINGS if name(s, "whole") in found}
+    path = RESULTS / "tune_gain.json"
+    gain = json.loads(path.read_text()) if path.exists() else {"compared": {"recipe": {}}}
+    if digest(gain["compared"]["recipe"]) != recipe:
+        return scores
+    for which in ("default", "best"):
+        setting = tuple(gain["compared"][which].get(key) for key in KEYS)
+        if setting in SETTINGS:
+            scores[setting] = scores.get(setting, []) + gain["fd_lite0"].get(which, {"values": []})["values"]
+    return {setting: values for setting, values in scores.items() if values}
+
+
+def correlations(found: Mapping[str, Any], wholes: Mapping[tuple[Any, ...], list[float]]) -> dict[str, Any]:
     """For each kind of trial: Spearman's rho of each candidate with the final score, over the settings that have both.
 
     `its_best_ends_as_number`: the place, of those settings, of the one that the candidate would choose.
     """
     table: dict[str, Any] = {}
     for kind in KINDS[:-1]:
-        both = [s for s in SETTINGS if name(s, kind) in found and name(s, "whole") in found]
+        both = [s for s in SETTINGS if name(s, kind) in found and s in wholes]
         table[kind] = {"settings": len(both)}
         if len(both) < 3:
             continue
-        final = [found[name(s, "whole")]["fd_lite0"][FINAL] for s in both]
+        final = [mean(wholes[s]) for s in both]
         for candidate in CANDIDATES:
             values = [found[name(s, kind)][candidate] for s in both]
             chosen = final[values.index(min(values))]
@@ -130,15 +152,22 @@ def correlations(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(recipe: str, found: Mapping[str, Any]) -> None:
-    """Report all results and the correlations."""
-    report("tune_rank", {"recipe": recipe, "rank_correlation": correlations(found), "trainings": dict(found)})
+    """Report all results, the final score of each setting and the correlations."""
+    wholes = finals(recipe, found)
+    scores = {name(s, "whole"): {"mean": round(mean(v), 1), "trainings": len(v)} for s, v in wholes.items()}
+    table = correlations(found, wholes)
+    report("tune_rank", {"recipe": recipe, "rank_correlation": table, "final": scores, "trainings": dict(found)})
 
 
 def kept(recipe: str) -> dict[str, Any]:
-    """The trainings in results/tune_rank.json that have the same recipe."""
-    path = RESULTS / "tune_rank.json"
+    """The trainings in results/tune_rank.json that have the same recipe; of trials, those that are like today's."""
+    path, params = RESULTS / "tune_rank.json", load("params.yaml")
     content = json.loads(path.read_text()) if path.exists() else {}
-    return dict(content["trainings"]) if content.get("recipe") == recipe else {}
+    if content.get("recipe") != recipe:
+        return {}
+    today = {name(s, kind): conditions(params, kind) for s in SETTINGS for kind in KINDS[:-1]}
+    trainings: dict[str, Any] = content["trainings"]
+    return {key: found for key, found in trainings.items() if found.get("conditions") == today.get(key)}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import REPO
 
-from diffusion.config import load, write_yaml
+from diffusion.config import flat, load, trained, write_yaml
 from diffusion.tuning_space import changed, present, read_space, trial_config
 
 
@@ -23,18 +23,65 @@ def test_rank_correlations_are_of_the_settings_that_have_both(script: Any) -> No
     rank = script("tune_rank")
     found: dict[str, Any] = {}
     for i, setting in enumerate(rank.SETTINGS[:5]):
-        found[rank.name(setting, "whole")] = {"fd_lite0": {rank.FINAL: 300.0 + 10 * i}}
         values = {"common_error_half": [5, 4, 3, 2, 1][i], "common_error": [1, 2, 3, 5, 4][i], "fd_lite0": i**3}
         found[rank.name(setting, rank.KINDS[0])] = values
     found[rank.name(rank.SETTINGS[5], rank.KINDS[0])] = values
-    tables = rank.correlations(found)
+    wholes = {setting: [290.0 + 10 * i, 310.0 + 10 * i] for i, setting in enumerate(rank.SETTINGS[:5])}
+    tables = rank.correlations(found, wholes)
     assert tables["trial with the same rate"] == {"settings": 0}
     table = tables[rank.KINDS[0]]
     assert table["settings"] == 5
     assert table["fd_lite0"] == {"spearman": 1.0, "its_best_ends_as_number": 1}
     assert table["common_error_half"] == {"spearman": -1.0, "its_best_ends_as_number": 5}
     assert table["common_error"]["spearman"] == 0.9  # 1 - 6 (1 + 1) / (5 (25 - 1))
-    assert rank.correlations({})[rank.KINDS[0]] == {"settings": 0}
+    assert rank.correlations({}, {})[rank.KINDS[0]] == {"settings": 0}
+
+
+def test_a_final_score_is_of_all_whole_trainings_of_a_setting(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = script("tune_rank")
+    monkeypatch.setattr(rank, "RESULTS", tmp_path)
+    found = {rank.name(rank.SETTINGS[i], "whole"): {"fd_lite0": {rank.FINAL: 240.0 + i}} for i in (0, 1)}
+    recipe = {"train.steps": 6000, "train.lr": 1.0}
+    about = rank.digest(recipe)
+    assert rank.finals(about, found) == {rank.SETTINGS[0]: [240.0], rank.SETTINGS[1]: [241.0]}
+    gain = {
+        "compared": {
+            "default": dict(zip(rank.KEYS, rank.SETTINGS[0], strict=True)),
+            "best": dict(zip(rank.KEYS, rank.SETTINGS[2], strict=True)),
+            "recipe": recipe | {"train.lr": 2.0},  # one of KEYS
+        },
+        "fd_lite0": {"default": {"values": [250.0, 260.0]}, "best": {"values": [230.0]}},
+    }
+    (tmp_path / "tune_gain.json").write_text(json.dumps(gain))
+    assert rank.finals(about, found) == {
+        rank.SETTINGS[0]: [240.0, 250.0, 260.0],
+        rank.SETTINGS[1]: [241.0],
+        rank.SETTINGS[2]: [230.0],
+    }
+    assert len(rank.finals("another recipe", found)) == 2
+
+
+def test_trials_of_another_length_are_not_kept(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, machine = script("tune_rank"), script("machine")
+    monkeypatch.chdir(REPO)
+    for module in (rank, machine):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    now = load("params.yaml")
+    trial, same_rate, whole = (rank.name(rank.SETTINGS[1], kind) for kind in rank.KINDS)
+    result: dict[str, Any] = dict.fromkeys(rank.CANDIDATES, 1.0)
+    found = {
+        trial: result | {"conditions": rank.conditions(now, rank.KINDS[0])},
+        same_rate: result | {"conditions": rank.conditions(now, rank.KINDS[1])},
+        whole: {"fd_lite0": {rank.FINAL: 240.0}},
+    }
+    rank.write("abc", found)
+    assert rank.kept("abc") == found
+    for key, value in (("images", 1), ("samples", 1), ("lr_horizon", 0.3)):
+        other = {trial: result | {"conditions": found[trial]["conditions"] | {key: value}}}
+        rank.write("abc", found | other)
+        assert sorted(rank.kept("abc")) == sorted([same_rate, whole])
 
 
 def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
@@ -56,7 +103,7 @@ def test_the_settings_lie_in_the_search_space_and_the_rest_names_the_recipe(
     recipes = []
     for other in ({}, {"train.lr": 1e-3}, {"diffusion.schedule": "sigmoid"}, {"train.batch_size": 1}):
         write_yaml(changed(base, other), Path("params.yaml"))
-        recipes.append(rank.identity())
+        recipes.append(rank.digest(flat(trained(load("params.yaml")))))
     assert recipes[0] == recipes[1] == recipes[2] != recipes[3]
 
 
