@@ -113,7 +113,7 @@ def test_each_sampler_finishes_a_study(
     tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
     rows = table()
     assert [row["state"] for row in rows] == ["COMPLETE"] * 6
-    assert len({row["train.lr"] for row in rows}) == 6
+    assert len({tuple(row[key] for key in [*SPACE, *spans]) for row in rows}) == 6
     for row in rows:
         assert 2e-4 <= float(row["train.lr"]) <= 5e-3
         assert int(row["train.warmup_steps"]) in range(0, 9, 2)
@@ -124,7 +124,7 @@ def test_a_gp_does_not_propose_a_pruned_point_again(place: Path, tiny: Callable[
     params = tiny(**TUNE | {"tune.trials": 8, "tune.sampler": "gp", "tune.pruner": "none"})
     tuning.search("0" * 16, params, storage_url(params.tune), pruned_after_four)
     assert states() == ["COMPLETE"] * 4 + ["PRUNED"] * 4
-    assert len({row["train.lr"] for row in table()}) == 8
+    assert len({tuple(row[key] for key in SPACE) for row in table()}) == 8
     rates = [math.log(float(row["train.lr"])) for row in table()[4:]]
     assert np.std(rates) > 0.1
 

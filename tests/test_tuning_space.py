@@ -9,7 +9,7 @@ from conftest import REPO
 
 from diffusion import config
 from diffusion.errors import UserError
-from diffusion.tuning_space import Choices, Span, present, read_space, settings, trial_config
+from diffusion.tuning_space import Choices, Span, first_settings, present, read_space, settings, trial_config
 
 
 def space(text: dict[str, Any], tiny: Callable[..., config.Params]) -> tuple[Any, ...]:
@@ -28,6 +28,28 @@ def test_every_recipe_describes_a_space_that_holds_its_own_setting(recipe: str) 
         "train.warmup_steps": params.train.warmup_steps,
         "diffusion.schedule": params.diffusion.schedule,
     }
+
+
+def test_the_first_settings_are_the_present_one_and_each_choice_alone(tiny: Callable[..., config.Params]) -> None:
+    text = {
+        "train.lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "diffusion.schedule": ["linear", "cosine", "sigmoid"],
+        "train.loss_weight": ["min_snr", "simple"],
+    }
+    params = tiny(**{"tune.space": text, "train.loss_weight": "min_snr", "diffusion.schedule": "cosine"})
+    start = {
+        "train.lr": params.train.lr,
+        "diffusion.schedule": "cosine",
+        "train.loss_weight": "min_snr",
+    }
+    assert first_settings(params, read_space(params)) == [
+        start,
+        start | {"diffusion.schedule": "linear"},
+        start | {"diffusion.schedule": "sigmoid"},
+        start | {"train.loss_weight": "simple"},
+    ]
+    outside = tiny(**{"tune.space": text | {"train.lr": {"low": 0.1, "high": 0.2}}})
+    assert first_settings(outside, read_space(outside)) == []
 
 
 def test_any_number_or_choice_can_be_searched(tiny: Callable[..., config.Params]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import optuna
 import pytest
-from studies import TUNE, fast_trials_at_once, name_of, states, stop_after, table
+from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, table
 
 from diffusion import config, paths, training, tuning, tuning_trial
 from diffusion.errors import UserError
+from diffusion.tuning_space import first_settings
 from diffusion.tuning_study import GRACE_SECONDS, SharedStudy, quiet, storage_url
 
 
@@ -27,9 +28,9 @@ def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
             tuning.tune(params)
     monkeypatch.setattr(tuning_trial, "train", training.train)
     tuning.tune(params)
-    rates = [float(row["train.lr"]) for row in table() if not row["retry_of"]]
-    assert len(rates) == len(set(rates)) == 6
-    assert all(2e-4 <= rate <= 5e-3 for rate in rates)
+    tried = [tuple(row[key] for key in SPACE) for row in table() if not row["retry_of"]]
+    assert len(tried) == len(set(tried)) == 6
+    assert all(2e-4 <= float(row["train.lr"]) <= 5e-3 for row in table())
     assert table()[0]["train.lr"] == str(params.train.lr)
 
 
@@ -70,7 +71,8 @@ def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_othe
     place: Path, tiny: Callable[..., config.Params], sampler: str
 ) -> None:
     """The second trial, of which params.yaml does not know the values."""
-    params = tiny(**TUNE | {"tune.trials": 4, "tune.sampler": sampler})
+    rates = {"train.lr": SPACE["train.lr"]}
+    params = tiny(**TUNE | {"tune.trials": 4, "tune.sampler": sampler, "tune.space": rates})
     shared = SharedStudy("0" * 16, params, storage_url(params.tune))
     first, second = shared.claim(), shared.claim()
     assert first
@@ -188,6 +190,41 @@ def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callab
     assert [trial and trial.number for trial in claimed] == [0, 1, 2, None]
     views[0].tell(claimed[0], "FAIL", final=True, reason="bad")
     assert [views[1].claim().number, views[0].claim()] == [3, None]
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["killed at work", "killed before its values were drawn"])
+def test_each_choice_alone_is_tried_first_and_again_if_it_was_killed(
+    place: Path, tiny: Callable[..., config.Params], drawn: bool
+) -> None:
+    params = tiny(**TUNE | {"tune.trials": 10})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    expected = first_settings(params, shared.space)
+    assert len(expected) == 5
+    claimed = []
+    for number in range(8):
+        trial = shared.claim()
+        assert trial
+        if drawn or number != 2:
+            claimed.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
+        if number == 2:
+            trial.set_user_attr("pid", "999999999")
+    again = [shared.trials()[number].system_attrs.get("failed_trial") for number in range(8)]
+    assert again == [None, None, None, 2, None, None, None, None]
+    assert claimed[:-2] == expected[:2] + expected[2:3] * (1 + drawn) + expected[3:]
+    assert not any(values in expected for values in claimed[-2:])
+
+
+def test_half_of_a_study_at_least_is_for_the_sampler(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.trials": 4})
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    found = []
+    for _ in range(4):
+        trial = shared.claim()
+        assert trial
+        found.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
+    expected = first_settings(params, shared.space)
+    assert found[:2] == expected[:2]
+    assert not any(values in expected for values in found[2:])
 
 
 def test_the_store_is_in_wal_mode_with_heartbeats(

@@ -157,6 +157,19 @@ def present(params: Params, space: Sequence[Dimension]) -> dict[str, Value] | No
     return values if all(dimension.has(values[dimension.key]) for dimension in space) else None
 
 
+def first_settings(params: Params, space: Sequence[Dimension]) -> list[dict[str, Value]]:
+    """What a study tries before it proposes: what `params` have, then each other choice of each list, alone.
+
+    One change at a time shows what a choice is worth by itself, which a short study's random trials would not. Empty if
+    what `params` have cannot be proposed.
+    """
+    start = present(params, space)
+    if start is None:
+        return []
+    lists = [dimension for dimension in space if isinstance(dimension, Choices)]
+    return [start] + [{**start, d.key: value} for d in lists for value in d.values if value != start[d.key]]
+
+
 def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
     """What a trial trains: `params` with `values` (dotted keys), cut to `tune.images_per_trial`.
 

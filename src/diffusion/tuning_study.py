@@ -22,7 +22,7 @@ from diffusion.config import Params, TuneConfig
 from diffusion.errors import UserError
 from diffusion.mlflow_store import is_alive, signature
 from diffusion.runtime import generator
-from diffusion.tuning_space import present, read_space
+from diffusion.tuning_space import first_settings, read_space
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -124,15 +124,16 @@ class SharedStudy:
         """The next trial for this process; None if as many are finished or at work as there are to be.
 
         A trial that somebody left is tried again before a new one is proposed. The first proposal is what params.yaml
-        has, so that the best is never worse than that.
+        has, so that the best is never worse than that; others of `first_settings` follow, for up to half of the study.
         """
         with self.alone():
             self.recover()
             if len(self.trials(*COUNTED, "RUNNING")) >= self.config.trials:
                 return None
-            start = present(self.params, self.space)
-            if not self.trials() and start:
-                self.study.enqueue_trial(start)
+            firsts = first_settings(self.params, self.space)[: max(1, self.config.trials // 2)]
+            proposed = sum("failed_trial" not in trial.system_attrs for trial in self.trials())
+            if proposed < len(firsts) and not self.trials("WAITING"):
+                self.study.enqueue_trial(firsts[proposed])
             waiting = self.trials("WAITING")  # asked for first
             self.study.sampler = self._sampler(waiting[0].number if waiting else len(self.trials()))
             with quiet():  # it would say that heartbeats are ours to send, which is so

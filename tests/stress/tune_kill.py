@@ -97,7 +97,7 @@ def _found(folder: Path, store: Store, trials: int) -> dict:
     begun = set(first.values())
     records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
-    drawn = {trial.params["train.lr"] for trial in store.trials() if trial.params}
+    drawn = {tuple(sorted(trial.params.items())) for trial in store.trials() if trial.params}
     checks = {
         "finished_is_what_was_asked_for": sum(finished.values()) == trials,
         "none_running": states["RUNNING"] == states["WAITING"] == 0,
