@@ -3,9 +3,9 @@
 Each setting is trained as a trial of `make tune` is, where both candidate objectives are taken, the error on common
 noise levels (half-way and at the end) and fd_lite0 of tune.sample_images images; if asked for, again with the learning
 rate as it stands, which a trial makes larger; and for the whole budget of params.yaml, where 2,000 images are scored.
-Whole trainings of the same setting that tune_gain.py has done count too: the final score is the mean. One thread each,
-two at a time. What is done is kept in results/tune_rank.json; another recipe begins it anew. Needs the data: run
-`dvc repro prepare reference` once.
+What others have done already counts too: trials of `make tune` in this folder, and whole trainings of tune_gain.py (the
+final score of a setting is the mean of all of it). One thread each, two at a time. What is done is kept in
+results/tune_rank.json; another recipe begins it anew. Needs the data: run `dvc repro prepare reference` once.
 """
 
 import hashlib
@@ -19,18 +19,23 @@ from statistics import mean
 from typing import Any
 
 import click
+import optuna
 import torch
 from machine import RESULTS, report
 from objectives import DDIM, quality
 from scipy.stats import spearmanr
 from solvers import Scorer
 
+from diffusion import paths
 from diffusion.config import Params, flat, load, trained
 from diffusion.data import Dataset
+from diffusion.features import EfficientNetLite0
 from diffusion.runtime import keep_freed_memory
 from diffusion.training import Trainer, train
-from diffusion.tuning_objective import common_error, draw, score
+from diffusion.tuning import study_name
+from diffusion.tuning_objective import common_error, draw, load_reference, score
 from diffusion.tuning_space import LR_HORIZON, trial_config
+from diffusion.tuning_study import SharedStudy
 
 CPU = torch.device("cpu")
 KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")
@@ -58,8 +63,9 @@ FINAL = "ddim-20 trailing"
 )
 def main(at_once: int, only: tuple[str, ...]) -> None:
     """Train what is missing, score, print one JSON line, write results/tune_rank.json."""
-    recipe = digest(flat(trained(load("params.yaml"))))
-    found = kept(recipe)
+    params = load("params.yaml")
+    recipe = digest(flat(trained(params)))
+    found = of_study(params) | kept(recipe)
     wanted = [(setting, kind) for setting in SETTINGS for kind in only]
     todo = [(setting, kind) for setting, kind in wanted if name(setting, kind) not in found]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
@@ -95,6 +101,27 @@ def _task(task: tuple[tuple[Any, ...], str]) -> tuple[str, dict[str, Any]]:
     if kind == "whole":
         return name(setting, kind), quality(values, load("params.yaml").seed, [DDIM])
     return name(setting, kind), trial(values, kind)
+
+
+def of_study(params: Params) -> dict[str, Any]:
+    """The trials of SETTINGS that `make tune` has completed in optuna/study.db with the same params and code."""
+    if not paths.OPTUNA_DB.exists():
+        return {}
+    reference = load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
+    name_of_study, url = study_name(params, Dataset.load().digest, reference), f"sqlite:///{paths.OPTUNA_DB}"
+    if name_of_study not in optuna.get_all_study_names(url):
+        return {}
+    shared, found = SharedStudy(name_of_study, params, url), dict[str, Any]()
+    budget = params.tune.images_per_trial
+    for done in shared.trials("COMPLETE"):
+        values = {dimension.key: dimension.used(done.params[dimension.key]) for dimension in shared.space}
+        errors = {"common_error_half": done.intermediate_values[budget // 2]}
+        errors["common_error"] = done.intermediate_values[budget]
+        result = {key: round(value, 5) for key, value in errors.items()} | {"fd_lite0": round(done.values[0], 1)}
+        setting = tuple(values.get(key) for key in KEYS)
+        if setting in SETTINGS:
+            found[name(setting, KINDS[0])] = result | {"conditions": conditions(params, KINDS[0])}
+    return found
 
 
 def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import REPO
+from studies import SPACE, TUNE, StubExtractor, table
 
-from diffusion.config import flat, load, trained, write_yaml
+from diffusion import tuning
+from diffusion.config import Params, flat, load, trained, write_yaml
 from diffusion.tuning_space import changed, present, read_space, trial_config
 
 
@@ -84,6 +88,31 @@ def test_trials_of_another_length_are_not_kept(script: Any, tmp_path: Path, monk
         assert sorted(rank.kept("abc")) == sorted([same_rate, whole])
 
 
+def test_a_trial_of_the_search_is_the_trial_that_is_ranked(
+    script: Any, place: Path, tiny: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, and under the same name; but for the score, which is stubbed in both."""
+    rank = script("tune_rank")
+    params = tiny(**TUNE | {"tune.space": SPACE | {"train.warmup_steps": {"low": 0, "high": 8}}})
+    values = {key: flat(trained(params))[key] for key in rank.KEYS}
+    setting = tuple(values.values())
+    monkeypatch.setattr(rank, "SETTINGS", ((1.0, "linear", 0, "cosine"), setting))
+    monkeypatch.setattr(rank, "EfficientNetLite0", StubExtractor)
+    assert rank.of_study(params) == {}
+    tuning.tune(params)
+    found = rank.of_study(params)
+    assert list(found) == [rank.name(setting, "trial")]
+    assert rank.of_study(tiny(**TUNE)) == {}, "of a study of another space"
+
+    monkeypatch.setattr(rank, "load", lambda _: params)
+    monkeypatch.setattr(rank, "Scorer", lambda *_: SimpleNamespace(reference=None, extractor=None))
+    monkeypatch.setattr(rank, "draw", lambda *_: None)
+    monkeypatch.setattr(rank, "score", lambda *_: float(table()[0]["value"]))
+    again = rank.trial(values, "trial")
+    del again["train_seconds"]
+    assert found[rank.name(setting, "trial")] == again
+
+
 def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
     rank = script("tune_rank")
     assert len(set(rank.SETTINGS)) == len(rank.SETTINGS) >= 8
@@ -94,11 +123,11 @@ def test_the_settings_lie_in_the_search_space_and_the_rest_names_the_recipe(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank, base = script("tune_rank"), load(REPO / "params.yaml")
-    space = read_space(base)
+    space, share = read_space(base), base.tune.images_per_trial / (base.train.steps * base.train.batch_size)
     for setting in rank.SETTINGS:
         values = dict(zip(rank.KEYS, setting, strict=True))
         assert present(changed(base, values), space)
-        assert trial_config(base, values).train.warmup_steps == values["train.warmup_steps"] / 4  # 1500 of 6000 steps
+        assert trial_config(base, values).train.warmup_steps == values["train.warmup_steps"] * share
     monkeypatch.chdir(tmp_path)
     recipes = []
     for other in ({}, {"train.lr": 1e-3}, {"diffusion.schedule": "sigmoid"}, {"train.batch_size": 1}):
