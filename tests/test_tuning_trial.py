@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -40,14 +41,19 @@ def test_divergence_prunes_with_the_reason(
     assert table()[0]["value"] == ""
 
 
-def test_the_median_prunes_what_does_worse_half_way(place: Path, tiny: Callable[..., config.Params]) -> None:
-    """Three good trials, then bad ones: pruned at half of the images, not before."""
-    params = tiny(**TUNE | {"tune.trials": 6, "tune.pruner": "median"})
-    tuning.search("0" * 16, params, storage_url(params.tune), worse_after_three)
+@pytest.mark.parametrize(
+    ("error", "state"), [(9.0, "PRUNED"), (1.021, "PRUNED"), (1.019, "COMPLETE"), (0.5, "COMPLETE")]
+)
+def test_the_median_prunes_what_is_clearly_worse_after_a_quarter(
+    place: Path, tiny: Callable[..., config.Params], error: float, state: str
+) -> None:
+    """Than 1, by more than 2 %: settings that are closer end in any order."""
+    params = tiny(**TUNE | {"tune.trials": 4, "tune.pruner": "median"})
+    tuning.search("0" * 16, params, storage_url(params.tune), partial(worse_after_three, error=error))
     rows = table()
-    assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + ["PRUNED"] * 3
-    assert all(row["reason"] == "median: an error of 9 after 16 images" for row in rows[3:])
-    assert all(row["value"] == "" and row["error"] == "9.0" for row in rows[3:])
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + [state]
+    reason, value = ("", "1.0") if state == "COMPLETE" else (f"median: an error of {error:g} after 8 images", "")
+    assert (rows[3]["reason"], rows[3]["value"], rows[3]["error"]) == (reason, value, str(error))
 
 
 def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., config.Params]) -> None:
@@ -61,10 +67,10 @@ def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., confi
     assert all(row["reason"].startswith("hyperband: an error of 9 after ") for row in pruned)
 
 
-def worse_after_three(params: config.Params) -> Callable[[Attempt], float]:
+def worse_after_three(params: config.Params, error: float = 9.0) -> Callable[[Attempt], float]:
     def objective(attempt: Attempt) -> float:
         for images in range(4, 33, 4):
-            attempt.report(images, 1.0 if attempt.number < 3 else 9.0)
+            attempt.report(images, 1.0 if attempt.number < 3 else error)
         return 1.0
 
     return objective

@@ -96,6 +96,8 @@ class SharedStudy:
         """
         import optuna
 
+        from diffusion.tuning_pruner import make_pruner
+
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.name, self.params, self.config, self.space = name, params, params.tune, read_space(params)
         self.storage = _open_storage(url)
@@ -104,7 +106,7 @@ class SharedStudy:
             study_name=name,
             direction="minimize",
             load_if_exists=True,
-            pruner=_pruner(params.tune),
+            pruner=make_pruner(params.tune),
         )
 
     def trials(self, *states: str) -> "list[FrozenTrial]":
@@ -231,22 +233,6 @@ class SharedStudy:
         stuck = config.sampler == "gp" and ended and ended[-1].state.name == "PRUNED"
         with quiet():
             return make["random" if stuck else config.sampler]()
-
-
-def _pruner(config: TuneConfig) -> Any:
-    """The pruner; its steps are images seen.
-
-    Learning-rate schedules that end low improve late, so the median is asked from half of a trial on.
-    """
-    from optuna import pruners
-
-    images = config.images_per_trial
-    make: dict[str, Callable[[], Any]] = {
-        "median": lambda: pruners.MedianPruner(n_startup_trials=max(3, config.trials // 4), n_warmup_steps=images // 2),
-        "hyperband": lambda: pruners.HyperbandPruner(min_resource=max(1, images // 4), max_resource=images),
-        "none": pruners.NopPruner,
-    }
-    return make[config.pruner]()
 
 
 def _open_storage(url: str) -> "RDBStorage":
