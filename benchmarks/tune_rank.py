@@ -39,17 +39,17 @@ from diffusion.tuning_study import SharedStudy
 
 CPU = torch.device("cpu")
 KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")
-SETTINGS = (
+SETTINGS: tuple[tuple[Any, ...], ...] = (
     (2e-3, "linear", 100, "cosine"),
     (2e-3, "linear", 100, "sigmoid"),
     (3e-3, "cosine", 300, "sigmoid"),
     (3e-3, "linear", 100, "cosine"),
     (1e-3, "linear", 100, "cosine"),
-    (5e-3, "cosine", 300, "sigmoid"),
-    (2e-3, "constant", 100, "cosine"),
+    (2.301e-3, "constant", 500, "sigmoid"),
     (2e-3, "linear", 100, "linear"),
+    (2e-3, "constant", 100, "cosine"),
+    (2e-3, "cosine", 100, "cosine"),
     (5e-4, "cosine", 300, "sigmoid"),
-    (5e-4, "constant", 0, "linear"),
 )
 KINDS = ("trial", "trial with the same rate", "whole")
 CANDIDATES = ("common_error_half", "common_error", "fd_lite0")
@@ -65,7 +65,7 @@ def main(at_once: int, only: tuple[str, ...]) -> None:
     """Train what is missing, score, print one JSON line, write results/tune_rank.json."""
     params = load("params.yaml")
     recipe = digest(flat(trained(params)))
-    found = of_study(params) | kept(recipe)
+    found = of_study(params) | of_gain(recipe) | kept(recipe)
     wanted = [(setting, kind) for setting in SETTINGS for kind in only]
     todo = [(setting, kind) for setting, kind in wanted if name(setting, kind) not in found]
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
@@ -144,18 +144,29 @@ def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {**found, "conditions": conditions(params, kind)}
 
 
-def finals(recipe: str, found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
-    """The scores of all whole trainings of each setting that has one, tune_gain.py's of the same recipe included."""
-    scores = {s: [found[name(s, "whole")]["fd_lite0"][FINAL]] for s in SETTINGS if name(s, "whole") in found}
+def of_gain(recipe: str) -> dict[str, Any]:
+    """The whole trainings that tune_gain.py has done of the same recipe."""
     path = RESULTS / "tune_gain.json"
     gain = json.loads(path.read_text()) if path.exists() else {"compared": {"recipe": {}}}
     if digest(gain["compared"]["recipe"]) != recipe:
-        return scores
-    for which in ("default", "best"):
-        setting = tuple(gain["compared"][which].get(key) for key in KEYS)
-        if setting in SETTINGS:
-            scores[setting] = scores.get(setting, []) + gain["fd_lite0"].get(which, {"values": []})["values"]
-    return {setting: values for setting, values in scores.items() if values}
+        return {}
+    found = {}
+    for key, training in gain["trainings"].items():
+        which, _, seed = key.partition(", ")
+        values = gain["compared"][which]
+        if set(values) == set(KEYS):
+            found[f"{name(tuple(values[k] for k in KEYS), 'whole')}, {seed}"] = training
+    return found
+
+
+def finals(found: Mapping[str, Any]) -> dict[tuple[Any, ...], list[float]]:
+    """The scores of all whole trainings, whatever their seed, of each setting that has one."""
+    scores: dict[tuple[Any, ...], list[float]] = {}
+    for setting in SETTINGS:
+        whole = name(setting, "whole")
+        values = [v["fd_lite0"][FINAL] for key, v in found.items() if key.partition(", seed ")[0] == whole]
+        scores |= {setting: values} if values else {}
+    return scores
 
 
 def correlations(found: Mapping[str, Any], wholes: Mapping[tuple[Any, ...], list[float]]) -> dict[str, Any]:
@@ -180,7 +191,7 @@ def correlations(found: Mapping[str, Any], wholes: Mapping[tuple[Any, ...], list
 
 def write(recipe: str, found: Mapping[str, Any]) -> None:
     """Report all results, the final score of each setting and the correlations."""
-    wholes = finals(recipe, found)
+    wholes = finals(found)
     scores = {name(s, "whole"): {"mean": round(mean(v), 1), "trainings": len(v)} for s, v in wholes.items()}
     table = correlations(found, wholes)
     report("tune_rank", {"recipe": recipe, "rank_correlation": table, "final": scores, "trainings": dict(found)})

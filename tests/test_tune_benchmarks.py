@@ -46,25 +46,27 @@ def test_a_final_score_is_of_all_whole_trainings_of_a_setting(
 ) -> None:
     rank = script("tune_rank")
     monkeypatch.setattr(rank, "RESULTS", tmp_path)
-    found = {rank.name(rank.SETTINGS[i], "whole"): {"fd_lite0": {rank.FINAL: 240.0 + i}} for i in (0, 1)}
     recipe = {"train.steps": 6000, "train.lr": 1.0}
     about = rank.digest(recipe)
-    assert rank.finals(about, found) == {rank.SETTINGS[0]: [240.0], rank.SETTINGS[1]: [241.0]}
+    assert rank.of_gain(about) == {}
+    scores = {"default, seed 1000": 250.0, "default, seed 1001": 260.0, "best, seed 1000": 230.0}
     gain = {
         "compared": {
             "default": dict(zip(rank.KEYS, rank.SETTINGS[0], strict=True)),
             "best": dict(zip(rank.KEYS, rank.SETTINGS[2], strict=True)),
             "recipe": recipe | {"train.lr": 2.0},  # one of KEYS
         },
-        "fd_lite0": {"default": {"values": [250.0, 260.0]}, "best": {"values": [230.0]}},
+        "trainings": {key: {"fd_lite0": {rank.FINAL: score}} for key, score in scores.items()},
     }
     (tmp_path / "tune_gain.json").write_text(json.dumps(gain))
-    assert rank.finals(about, found) == {
+    found = {rank.name(rank.SETTINGS[i], "whole"): {"fd_lite0": {rank.FINAL: 240.0 + i}} for i in (0, 1)}
+    found |= {rank.name(rank.SETTINGS[3], "trial"): {"fd_lite0": 400.0}}
+    assert rank.finals(found | rank.of_gain(about)) == {
         rank.SETTINGS[0]: [240.0, 250.0, 260.0],
         rank.SETTINGS[1]: [241.0],
         rank.SETTINGS[2]: [230.0],
     }
-    assert len(rank.finals("another recipe", found)) == 2
+    assert rank.of_gain("another recipe") == {}
 
 
 def test_trials_of_another_length_are_not_kept(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
