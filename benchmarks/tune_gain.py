@@ -92,7 +92,7 @@ def kept(about: Mapping[str, Any]) -> dict[str, Any]:
     earlier = content.get("compared", {})
     if not earlier or earlier.get("recipe") != about.get("recipe"):
         return {}
-    same = tuple(f"{name}," for name in ("default", "best") if name == "default" or earlier[name] == about[name])
+    same = ("default,", "best,") if earlier["best"] == about["best"] else ("default,",)
     return {key: result for key, result in content["trainings"].items() if key.startswith(same)}
 
 

@@ -23,7 +23,7 @@ class MedianWithMargin(BasePruner):
 
     def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
         """Whether to stop `trial` now."""
-        better = copy.deepcopy(trial)
+        better = copy.copy(trial)
         better.intermediate_values = {step: value / (1 + MARGIN) for step, value in trial.intermediate_values.items()}
         return bool(self.median.prune(study, better))
 
