@@ -3,8 +3,9 @@
 Three real trials by the worker's own code, in a folder of its own with SQLite and MLflow's embedded store; the first
 one warms up. They have one step in SHARE of a default trial, and all of its log lines, validations and reports, so
 that what is beside the steps is as much as in a whole trial; the time of the steps is scaled. Counted are the calls of
-store and tracker, and all processor time of the threads that write in the background. Needs the data and the
-reference: run `dvc repro prepare reference` once.
+store and tracker, all processor time of the threads that write in the background, and the looks at the study that
+`make tune` takes meanwhile, as if one trial alone had to bear them. Needs the data and the reference: run
+`dvc repro prepare reference` once.
 """
 
 import os
@@ -23,6 +24,7 @@ from overheads import Clock
 REPO = Path(__file__).parents[1]
 SHARE = 10
 TRIALS = 3
+LOOKS = 50
 COUNTED = ("claim", "suggest", "report", "tell", "tracking: open", "tracking: events", "tracking: close", "line")
 
 
@@ -45,12 +47,24 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
-    from diffusion import config, journal, mirror, tracking, training, tuning_study, tuning_trial, tuning_worker
+    from diffusion import (
+        config,
+        journal,
+        mirror,
+        tracking,
+        training,
+        tuning,
+        tuning_report,
+        tuning_store,
+        tuning_study,
+        tuning_trial,
+        tuning_worker,
+    )
 
     full = config.load("params.yaml")
     images, log_every = full.tune.images_per_trial // SHARE, max(1, full.train.log_every // SHARE)
     overrides = {"tune.images_per_trial": images, "train.log_every": log_every, "tune.trials": TRIALS}
-    params = config.load("params.yaml", {**overrides, "tune.pruner": "none"})
+    params = config.load("params.yaml", overrides)
     clock = Clock()
     clock.watch(tuning_study.SharedStudy, "claim")
     clock.watch(tuning_study.SharedStudy, "tell")
@@ -64,10 +78,15 @@ def measure() -> dict[str, Any]:
     clock.watch(tuning_trial, "common_error")
     marks = [mark(clock)]
     job = tuning_worker.Job(
-        "0" * 16, params, tuning_study.storage_url(params.tune), run_id=None, prepare=tuning_trial.Trainings
+        "0" * 16, params, tuning_store.storage_url(params.tune), run_id=None, prepare=tuning_trial.Trainings
     )
     tuning_worker.work(job, 0, lambda: False, after=lambda: marks.append(mark(clock)))
-    return shares(marks[1], marks[-1], TRIALS - 1)
+    ledger = tuning_report.Ledger(tuning_study.SharedStudy(job.study, params, job.url), journal.NullTracker())
+    start = time.perf_counter()
+    for _ in range(LOOKS):
+        tuning.look(ledger)
+    look = (time.perf_counter() - start) / LOOKS
+    return shares(marks[1], marks[-1], TRIALS - 1, look / tuning.LEDGER_SECONDS)
 
 
 def mark(clock: Clock) -> dict[str, float]:
@@ -76,11 +95,14 @@ def mark(clock: Clock) -> dict[str, float]:
     return {**clock.seconds, "all": time.perf_counter(), "background": background}
 
 
-def shares(first: dict[str, float], last: dict[str, float], trials: int) -> dict[str, Any]:
-    """Seconds of a default trial's parts, from what `trials` shortened ones took between two marks."""
+def shares(first: dict[str, float], last: dict[str, float], trials: int, looks: float) -> dict[str, Any]:
+    """Seconds of a default trial's parts, from what `trials` shortened ones took between two marks.
+
+    `looks`: seconds that looks at the study take in one second.
+    """
     each = {name: (value - first.get(name, 0.0)) / trials for name, value in last.items()}
     whole = each["all"] + (SHARE - 1) * each["step"]
-    beside = {name: each[name] for name in (*COUNTED, "background") if name in each}
+    beside = {name: each[name] for name in (*COUNTED, "background") if name in each} | {"looks": looks * whole}
     return {
         "seconds_of_a_default_trial": round(whole, 1),
         "seconds": {name: round(value, 3) for name, value in beside.items()},

@@ -12,7 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -66,8 +66,7 @@ def main(at_once: int, only: tuple[str, ...]) -> None:
     params = load("params.yaml")
     recipe = digest(flat(trained(params)))
     found = of_study(params) | of_gain(recipe) | kept(recipe)
-    wanted = [(setting, kind) for setting in SETTINGS for kind in only]
-    todo = [(setting, kind) for setting, kind in wanted if name(setting, kind) not in found]
+    todo = missing(found, only)
     with multiprocessing.get_context("spawn").Pool(at_once, maxtasksperchild=1) as pool:
         for key, result in pool.imap_unordered(_task, todo):
             found[key] = result
@@ -79,6 +78,12 @@ def main(at_once: int, only: tuple[str, ...]) -> None:
 def name(setting: tuple[Any, ...], kind: str) -> str:
     """Key of a result."""
     return f"{setting[0]:g} {setting[1]} after {setting[2]}, {setting[3]}: {kind}"
+
+
+def missing(found: Mapping[str, Any], kinds: Sequence[str]) -> list[tuple[tuple[Any, ...], str]]:
+    """Each setting and kind that has no result of any seed."""
+    done = {key.partition(", seed ")[0] for key in found}
+    return [(setting, kind) for setting in SETTINGS for kind in kinds if name(setting, kind) not in done]
 
 
 def digest(recipe: Mapping[str, Any]) -> str:
@@ -119,7 +124,7 @@ def of_study(params: Params) -> dict[str, Any]:
         errors["common_error"] = done.intermediate_values[budget]
         result = {key: round(value, 5) for key, value in errors.items()} | {"fd_lite0": round(done.values[0], 1)}
         setting = tuple(values.get(key) for key in KEYS)
-        if setting in SETTINGS:
+        if setting in SETTINGS and set(values) == set(KEYS):
             found[name(setting, KINDS[0])] = result | {"conditions": conditions(params, KINDS[0])}
     return found
 

@@ -1,6 +1,5 @@
 """One script a DVC stage: read params, call one library function, write the declared outputs."""
 
-import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -11,10 +10,9 @@ import click
 
 from diffusion import paths
 from diffusion.config import Params, load, read_value, schema
-from diffusion.errors import UserError
+from diffusion.errors import UserError, outside
 from diffusion.ranges import allowed
 
-OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
 KEYS = {key.replace(".", "__"): key for key in schema()}  # names that click takes -> keys of params.yaml
 
 
@@ -33,10 +31,9 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             click.secho(f"error: {error}", fg="red", err=True)
             sys.exit(2)
         except OSError as error:
-            if error.errno not in OUTSIDE:
+            if not (line := outside(error)):
                 raise
-            place = f" ({error.filename})" if error.filename else ""
-            click.secho(f"error: {error.strerror}{place}: put that right; what is done is kept", fg="red", err=True)
+            click.secho(f"error: {line}", fg="red", err=True)
             sys.exit(2)
         except KeyboardInterrupt as error:
             click.secho(str(error) or "stopped; the same command starts this stage anew", fg="yellow", err=True)

@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 from diffusion import config, tuning
 from diffusion.config import Params
 from diffusion.errors import UserError
-from diffusion.tuning_study import storage_url
+from diffusion.tuning_store import storage_url
 from diffusion.tuning_trial import Attempt, Objective
 
 STUDY = "00000000c1fa0010"

@@ -67,6 +67,9 @@ def test_a_final_score_is_of_all_whole_trainings_of_a_setting(
         rank.SETTINGS[2]: [230.0],
     }
     assert rank.of_gain("another recipe") == {}
+    todo = rank.missing(found | rank.of_gain(about), ["trial", "whole"])
+    assert [setting for setting, kind in todo if kind == "whole"] == list(rank.SETTINGS[3:])
+    assert [setting for setting, kind in todo if kind == "trial"] == [s for s in rank.SETTINGS if s != rank.SETTINGS[3]]
 
 
 def test_trials_of_another_length_are_not_kept(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +121,8 @@ def test_a_trial_of_the_search_is_the_trial_that_is_ranked(
 def test_the_settings_differ_and_hold_the_default(script: Any) -> None:
     rank = script("tune_rank")
     assert len(set(rank.SETTINGS)) == len(rank.SETTINGS) >= 8
+    default = flat(trained(load(REPO / "params.yaml")))
+    assert tuple(default[key] for key in rank.KEYS) in rank.SETTINGS
     assert len({rank.name(s, b) for s in rank.SETTINGS for b in rank.KINDS}) == 3 * len(rank.SETTINGS)
 
 
@@ -191,8 +196,8 @@ def test_overhead_is_scaled_to_a_whole_trial(script: Any) -> None:
     overhead = script("tune_overhead")
     first = {"all": 100.0, "step": 5.0, "background": 1.0, "claim": 1.0, "common_error": 0.0}
     last = {"all": 120.0, "step": 21.0, "background": 1.8, "claim": 1.2, "common_error": 1.64, "tell": 0.4}
-    found = overhead.shares(first, last, 2)
+    found = overhead.shares(first, last, 2, looks=0.001)
     assert found["seconds_of_a_default_trial"] == 10 + 9 * 8
-    assert found["seconds"] == {"claim": 0.1, "tell": 0.2, "background": 0.4}
-    assert found["share_of_optuna_and_tracking"] == round(0.7 / 82, 4)
+    assert found["seconds"] == {"claim": 0.1, "tell": 0.2, "background": 0.4, "looks": 0.082}
+    assert found["share_of_optuna_and_tracking"] == round(0.782 / 82, 4)
     assert found["share_of_the_common_error"] == 0.01

@@ -1,27 +1,33 @@
 """The search in one process: how many trials it has, which study it is, how it ends."""
 
+import errno
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fast_trials
 import numpy as np
 import pytest
+import torch
 from conftest import REPO
 from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, studies, table, write_reference
 
 from diffusion import config, paths, training, tuning, tuning_trial
 from diffusion.errors import UserError
 from diffusion.fit import StopRequest
+from diffusion.journal import NullTracker, Tracker
 from diffusion.progress import Record
 from diffusion.reference import Reference
 from diffusion.training import Trainer
-from diffusion.tuning_study import storage_url
+from diffusion.tuning_store import storage_url
+from diffusion.tuning_study import SharedStudy
 from diffusion.tuning_trial import Attempt
 
 
@@ -33,7 +39,7 @@ def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
     with pytest.raises(KeyboardInterrupt, match=r"stopped after 2 of 5 trials; `make tune` goes on"):
         tuning.tune(params)
     assert states() == ["COMPLETE", "COMPLETE", "FAIL"]
-    assert [path.parent.name[-4:] for path in paths.RUNS.glob("*/step_00000005-*.pt")] == ["0002"]
+    assert [path.parent.name.split("-")[1] for path in paths.RUNS.glob("*/step_00000005-*.pt")] == ["0002"]
     begun: list[int] = []
 
     def watched(trainer: Trainer) -> Iterator[Record]:
@@ -55,6 +61,24 @@ def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
     assert not [*paths.RUNS.glob("*/step_*.pt")], "checkpoints of finished trials stay"
 
 
+def test_the_same_study_in_another_store_begins_its_own_trials(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their numbers are those of the first store's, whose checkpoints lie here; their values are not."""
+    stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune(tiny(**TUNE))
+    begun: list[int] = []
+
+    def watched(trainer: Trainer) -> Iterator[Record]:
+        begun.append(trainer.progress.step)
+        return training.train(trainer)
+
+    monkeypatch.setattr(tuning_trial, "train", watched)
+    tuning.tune(tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/elsewhere.db", "tune.seed": 4}))
+    assert begun == [0, 0, 0]
+
+
 def test_other_seeds_propose_other_points(place: Path, tiny: Callable[..., config.Params]) -> None:
     proposed = []
     for seed in (None, 1, 1):
@@ -69,6 +93,7 @@ def test_ctrl_c_while_a_worker_is_started_is_heard_afterwards() -> None:
     with StopRequest() as stop:
         with tuning._inherited({}):
             os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.asked
         assert stop.asked
 
 
@@ -100,6 +125,16 @@ def test_applying_the_best_values_or_searching_otherwise_keeps_the_study(
     assert len(names) == 1
     reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
     assert tuning.study_name(tiny(**TUNE), "other data", reference) not in names
+
+
+def test_applying_a_batch_size_keeps_the_study(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Of which a whole training's steps see 192,024 images in place of 192,000; twice as many are another."""
+    searched = TUNE | {"tune.space": {"train.batch_size": [32, 56]}}
+    sizes = [(6000, 32), (3429, 56), (6000, 64)]
+    first, applied, longer = (
+        name_of(tiny(**searched | {"train.steps": steps, "train.batch_size": size})) for steps, size in sizes
+    )
+    assert first == applied != longer
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "gp"])
@@ -176,6 +211,67 @@ def test_an_error_that_is_no_fault_of_the_values_ends_the_search(
 
 def broken(params: config.Params) -> Callable[[Attempt], float]:
     return lambda attempt: 1 / 0
+
+
+def test_a_full_disk_costs_no_trial(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, and the present setting is tried again when there is room."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "samples.png")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_trial.Trainings, "_score", full)
+        with pytest.raises(UserError, match=r"No space left on device \(samples.png\): put that right"):
+            tuning.tune(tiny(**TUNE))
+    tuning.tune(tiny(**TUNE))
+    rows = table()
+    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert (rows[0]["reason"], rows[1]["retry_of"]) == ("stopped", "0")
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, ["0", "1", "0"]), ("5,GPU-b", ["5", "GPU-b", "5"])], ids=["all", "some"]
+)
+def test_each_worker_has_a_gpu_of_its_own(
+    visible: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cuda = torch.device("cuda")
+    assert [tuning.own_gpu(number, cuda) for number in range(3)] == [{"CUDA_VISIBLE_DEVICES": e} for e in expected]
+    assert tuning.own_gpu(0, torch.device("cpu")) == {}
+
+
+def test_machines_that_begin_together_have_one_run(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a run takes a while, in which neither must find that there is none."""
+    params, created = tiny(**TUNE), list[str]()
+
+    def slow(*_: object, run_id: str | None, **__: object) -> Tracker:
+        tracker = NullTracker()
+        tracker.run_id = run_id or f"run {len(created)}"
+        created.append(tracker.run_id)
+        time.sleep(0.5)
+        return tracker
+
+    monkeypatch.setattr("diffusion.tracking.open_run", slow)
+    machines = [SharedStudy("0" * 16, params, storage_url(params.tune)) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        assert [run_id for _, run_id in pool.map(tuning._study_run, machines)] == ["run 0", "run 0"]
+    assert created == ["run 0", "run 0"]
+
+
+def test_a_present_setting_outside_the_space_is_said(
+    place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = tiny(**TUNE | {"tune.trials": 1, "tune.space": {"train.batch_size": [2, 8]}})
+    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    assert "the study does not begin with it" in capsys.readouterr().err
 
 
 def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., config.Params]) -> None:

@@ -9,7 +9,7 @@ from studies import TUNE, fast_trials_at_once
 
 from diffusion import config, paths, tuning, tuning_apply
 from diffusion.errors import UserError
-from diffusion.tuning_study import storage_url
+from diffusion.tuning_store import storage_url
 
 
 def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:

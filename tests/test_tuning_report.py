@@ -17,7 +17,8 @@ from studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_aft
 from diffusion import config, figures, paths, training, tuning, tuning_apply, tuning_report, tuning_trial
 from diffusion.journal import NullTracker, Tracker
 from diffusion.training import Trainer
-from diffusion.tuning_study import SharedStudy, quiet, storage_url
+from diffusion.tuning_store import quiet, storage_url
+from diffusion.tuning_study import SharedStudy
 from diffusion.tuning_trial import Attempt
 
 

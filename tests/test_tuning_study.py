@@ -15,7 +15,8 @@ from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_afte
 from diffusion import config, paths, training, tuning, tuning_trial
 from diffusion.errors import UserError
 from diffusion.tuning_space import first_settings
-from diffusion.tuning_study import GRACE_SECONDS, SharedStudy, quiet, storage_url
+from diffusion.tuning_store import GRACE_SECONDS, quiet, storage_url
+from diffusion.tuning_study import SharedStudy
 
 
 def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
@@ -53,6 +54,24 @@ def test_a_trial_that_a_dead_process_left_running_is_tried_again_and_counts_once
     assert rows[0]["train.lr"] == rows[1]["train.lr"] == str(rate)
     again = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}").trials[1]
     assert again.intermediate_values[4] == 7.0, "what the first try reported is lost"
+
+
+def test_a_trial_to_be_tried_again_is_nobodys(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """A claim of it that is cut short must not look like the work of the one who had it first."""
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    assert trial
+    trial.set_user_attr("pid", "999999999")
+    with shared.alone():
+        shared.recover()
+    (left,) = shared.trials("WAITING")
+    assert not {"host", "pid", "machine"} & set(left.user_attrs)
+    with quiet():
+        shared.study.ask()  # and dies
+    new = shared.claim()
+    assert new
+    assert shared.trials()[new.number].system_attrs["retry_history"] == [0, 1]
 
 
 def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Callable[..., config.Params]) -> None:
@@ -128,7 +147,8 @@ def test_a_trial_of_another_machine_is_tried_again_when_its_heart_has_stopped(
         trial = shared.claim()
         assert trial
         shared.space[0].suggest(trial)
-        trial.set_user_attr("host", "another machine")
+        trial.set_user_attr("machine", "another")
+        trial.set_user_attr("pid", "999999999")  # a process's number means nothing there
     late = f"datetime('now', '-{GRACE_SECONDS + 5} seconds')"
     with shared.storage.engine.begin() as connection:
         beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").scalars().all()
@@ -212,6 +232,21 @@ def test_each_choice_alone_is_tried_first_and_again_if_it_was_killed(
     assert again == [None, None, None, 2, None, None, None, None]
     assert claimed[:-2] == expected[:2] + expected[2:3] * (1 + drawn) + expected[3:]
     assert not any(values in expected for values in claimed[-2:])
+
+
+def test_what_a_longer_study_tries_first_is_what_was_not_tried_yet(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    found = []
+    for trials in (4, 10):
+        params = tiny(**TUNE | {"tune.trials": trials})
+        shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+        while trial := shared.claim():
+            found.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
+    expected = first_settings(params, shared.space)
+    assert [values for values in found if values in expected] == expected
+    assert found[:2] == expected[:2]
+    assert found[4:7] == expected[2:]
 
 
 def test_half_of_a_study_at_least_is_for_the_sampler(place: Path, tiny: Callable[..., config.Params]) -> None:

@@ -13,7 +13,7 @@ from diffusion import config, paths, training, tuning, tuning_trial
 from diffusion.errors import UserError
 from diffusion.progress import Record
 from diffusion.training import Trainer
-from diffusion.tuning_study import storage_url
+from diffusion.tuning_store import storage_url
 from diffusion.tuning_trial import Attempt
 
 
@@ -65,6 +65,22 @@ def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., confi
     assert pruned
     assert len(rows) == 12
     assert all(row["reason"].startswith("hyperband: an error of 9 after ") for row in pruned)
+
+
+def test_the_median_judges_the_present_error(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Not the least so far: this one did well, and breaks down."""
+    params = tiny(**TUNE | {"tune.trials": 4, "tune.pruner": "median"})
+    tuning.search("0" * 16, params, storage_url(params.tune), breaks_down_after_three)
+    assert table()[3]["reason"] == "median: an error of 5 after 16 images"
+
+
+def breaks_down_after_three(params: config.Params) -> Callable[[Attempt], float]:
+    def objective(attempt: Attempt) -> float:
+        for images in range(4, 33, 4):
+            attempt.report(images, 5.0 if attempt.number == 3 and images >= 16 else 1.0)
+        return 1.0
+
+    return objective
 
 
 def worse_after_three(params: config.Params, error: float = 9.0) -> Callable[[Attempt], float]:

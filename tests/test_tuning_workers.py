@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from fast_trials import Store
 from optuna.trial import FrozenTrial
 from postgres import needs_postgres
 from postgres import server as postgres_server
+from sqlalchemy.exc import OperationalError
+
+from diffusion import config
+from diffusion.errors import UserError
+from diffusion.tuning_store import answering, storage_url
+from diffusion.tuning_study import SharedStudy
 
 pytestmark = pytest.mark.slow
 SECONDS = 900.0  # a test that waits longer has failed
@@ -214,3 +221,24 @@ def test_two_machines_with_three_workers_each_share_one_study(tmp_path: Path) ->
     assert min(len(trials) for trials in done) >= 3, "one machine did it all"
     assert sorted(done[0] + done[1]) == [list(range(fast_trials.STEPS))] * 9, "a step was done twice"
     assert [len(rows(place)) for place in places] == [10, 10]
+
+
+@pytest.mark.postgres
+@needs_postgres
+def test_a_machine_that_is_lost_with_the_lock_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server ends its session; till then who waits is told, and does not wait for ever."""
+    monkeypatch.setattr("diffusion.tuning_study.BUSY_SECONDS", 2)
+    with postgres_server(tmp_path / "postgres") as url:
+        params = config.load(REPO / "params.yaml", {"tune.storage": url})
+        lost, other = (SharedStudy(fast_trials.STUDY, params, storage_url(params.tune)) for _ in range(2))
+        with other.storage.engine.begin() as connection:  # at work, so its session does not end
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({int(fast_trials.STUDY[:15], 16)})")
+            with pytest.raises(UserError, match=r"does not answer .*lock timeout"), answering(), lost.alone():
+                pass
+        session = ExitStack()
+        session.enter_context(lost.alone())
+        time.sleep(1)  # so that the other waits for less than its own limit
+        with other.alone():
+            pass
+        with pytest.raises(OperationalError, match="closed the connection"):
+            session.close()

@@ -1,13 +1,15 @@
 """The search: an Optuna study whose trials are ordinary, shorter trainings, done by worker processes.
 
-tuning_space.py says what is searched, tuning_study.py who has which trial, tuning_worker.py and tuning_trial.py how one
-is done, tuning_objective.py what it is judged by, tuning_report.py what is written down.
+tuning_space.py says what is searched, tuning_store.py where the study is kept, tuning_study.py who has which trial,
+tuning_worker.py and tuning_trial.py how one is done, tuning_objective.py what it is judged by,
+tuning_report.py what is written down.
 """
 
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,16 +27,19 @@ from diffusion.data import Dataset
 from diffusion.errors import UserError
 from diffusion.features import EfficientNetLite0
 from diffusion.fit import StopRequest, only_trainer
+from diffusion.journal import Tracker
 from diffusion.provenance import code_digest
 from diffusion.reference import Reference
 from diffusion.runtime import resolve_device
 from diffusion.tuning_report import Ledger, draw_figures
-from diffusion.tuning_space import recipe
-from diffusion.tuning_study import SharedStudy, answering, shown, storage_url
+from diffusion.tuning_space import present, recipe
+from diffusion.tuning_store import answering, is_outage, shown, storage_url
+from diffusion.tuning_study import SharedStudy
 from diffusion.tuning_trial import REPORTS, Objective, Trainings
 from diffusion.tuning_worker import POLL_SECONDS, Job, work, worker
 
 MAX_DEATHS = 20  # of workers, since a trial was finished
+LEDGER_SECONDS = 3.0  # between two looks at the study, which take the workers' cores
 
 
 def tune(params: Params) -> None:
@@ -62,13 +67,13 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
     """
     with only_trainer(paths.RUNS / name), StopRequest("make tune") as stop, answering():
         shared = SharedStudy(name, params, url)
-        run_id = shared.study.user_attrs.get("mlflow_run_id")  # of an earlier sitting, or another machine
-        tracker = tracking.open_run(params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=run_id)
-        if tracker.run_id and not run_id:
-            shared.study.set_user_attr("mlflow_run_id", tracker.run_id)
+        if present(params, shared.space) is None:
+            where = "outside tune.space, or between its steps"
+            print(f"tune: what params.yaml has lies {where}: the study does not begin with it", file=sys.stderr)
+        tracker, run_id = _study_run(shared)
         os.environ.pop("MLFLOW_RUN_ID", None)  # by it `mlflow run` meant the study's run, not the trials'
         tracker.params(flat(replace(params.tune, storage=shown(url)), "tune"))
-        job, ledger = Job(name, params, url, tracker.run_id or run_id, prepare), Ledger(shared, tracker)
+        job, ledger = Job(name, params, url, run_id, prepare), Ledger(shared, tracker)
         with tracking.closing_status(tracker, "tune"):
             ledger.write()  # another study's may lie there
             try:
@@ -83,6 +88,19 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
                 raise KeyboardInterrupt(f"{done}; `make tune` goes on from there")
         hint = "`make tune-apply` takes over the best" if shared.best() else "none was complete, trials.csv says why"
         print(f"{params.tune.trials} trials are done: see {paths.TUNING}/; {hint}")
+
+
+def _study_run(shared: SharedStudy) -> tuple[Tracker, str | None]:
+    """The study's run, and its id if MLflow answers or did: the same for all machines, whoever is first."""
+    name = shared.name
+    with shared.alone():
+        known = shared.study.user_attrs.get("mlflow_run_id")
+        tracker = tracking.open_run(
+            shared.params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=known
+        )
+        if tracker.run_id and not known:
+            shared.study.set_user_attr("mlflow_run_id", tracker.run_id)
+        return tracker, tracker.run_id or known
 
 
 def study_name(params: Params, data_digest: str, reference: Reference) -> str:
@@ -109,14 +127,15 @@ def _alone(job: Job, ledger: Ledger, stop: StopRequest) -> None:
 def _together(job: Job, ledger: Ledger, stop: StopRequest) -> None:
     """Start `tune.workers` processes and wait for them; those that are killed are replaced."""
     workers = [_start(job, number) for number in range(job.params.tune.workers)]
-    deaths = done = 0
+    deaths, done, due = 0, 0, 0.0
     told = False
     try:
         while True:
             time.sleep(POLL_SECONDS / 4)
-            ledger.update()
-            if len(ledger.done()) > done:
-                deaths, done = 0, len(ledger.done())
+            if time.monotonic() >= due:
+                done, before = look(ledger) or done, done
+                deaths = 0 if done > before else deaths
+                due = time.monotonic() + LEDGER_SECONDS
             if stop.asked and not told:
                 told = True
                 _terminate(workers)
@@ -139,13 +158,34 @@ def _together(job: Job, ledger: Ledger, stop: StopRequest) -> None:
             process.join()
 
 
+def look(ledger: Ledger) -> int:
+    """Bring the ledger up to date; the trials that are done, 0 if the store is away: its workers may not notice."""
+    try:
+        ledger.update()
+        return len(ledger.done())
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        return 0
+
+
 def _start(job: Job, number: int) -> BaseProcess:
     """A worker process with its share of the cores; it does not see this terminal's Ctrl-C, which is ours to answer."""
     process = multiprocessing.get_context("spawn").Process(target=worker, args=(job, number, os.getpid()))
     threads = max(1, torch.get_num_threads() // job.params.tune.workers)
-    with _inherited({"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}):
+    cores = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    with _inherited(cores | own_gpu(number, resolve_device(job.params.train.device))):
         process.start()
     return process
+
+
+def own_gpu(number: int, device: torch.device) -> dict[str, str]:
+    """CUDA's variable that shows worker `number` one GPU, each worker the next; empty for another `device`."""
+    if device.type != "cuda":
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from ruamel.yaml.error import YAMLError
 from diffusion import paths
 from diffusion.config import load, schema
 from diffusion.errors import UserError
-from diffusion.journal import warn
 from diffusion.tuning_report import RECIPE
 from diffusion.tuning_space import Value, recipe_digest
 
@@ -44,7 +43,7 @@ def apply(best: Path, params: Path) -> str:
         raise UserError(f"{best} holds no values yet: no trial of the study is complete; run `make tune`")
     now = load(params)
     if found_for not in (None, recipe_digest(now)):
-        warn(f"{best} was found for another recipe, or another tune.space, than {params} has")
+        print(f"tune: {best} was found for another recipe, or another tune.space, than {params} has", file=sys.stderr)
     file = params.resolve()  # a link stays one
     before = file.read_text()
     after = _edited(before, values)

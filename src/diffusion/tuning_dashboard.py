@@ -10,7 +10,7 @@ import click
 from diffusion import paths
 from diffusion.config import load
 from diffusion.errors import UserError
-from diffusion.tuning_study import shown, storage_url
+from diffusion.tuning_store import shown, storage_url
 
 
 @click.command()

@@ -15,7 +15,10 @@ MARGIN = 0.02  # of the median: errors on common noise levels that are closer ha
 
 
 class MedianWithMargin(BasePruner):
-    """Optuna's median pruner for a trial whose error is worse by more than MARGIN."""
+    """Optuna's median pruner, for a trial whose present error is worse by more than MARGIN.
+
+    The median is that of complete trials at the same step. Optuna's own would compare a trial's least error so far.
+    """
 
     def __init__(self, startup: int, warmup: int) -> None:
         """Ask after `startup` complete trials, from step `warmup` on."""
@@ -23,8 +26,10 @@ class MedianWithMargin(BasePruner):
 
     def prune(self, study: "Study", trial: "FrozenTrial") -> bool:
         """Whether to stop `trial` now."""
-        better = copy.copy(trial)
-        better.intermediate_values = {step: value / (1 + MARGIN) for step, value in trial.intermediate_values.items()}
+        step, better = trial.last_step, copy.copy(trial)
+        if step is None:
+            return False
+        better.intermediate_values = {step: trial.intermediate_values[step] / (1 + MARGIN)}
         return bool(self.median.prune(study, better))
 
 

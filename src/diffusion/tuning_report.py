@@ -10,9 +10,10 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from diffusion import figures, paths
-from diffusion.journal import Tracker, warn
+from diffusion.journal import Tracker
 from diffusion.tuning_space import Value, recipe_digest, settings
-from diffusion.tuning_study import COUNTED, SharedStudy, quiet
+from diffusion.tuning_store import quiet
+from diffusion.tuning_study import COUNTED, SharedStudy
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -141,7 +142,7 @@ def draw_figures(shared: SharedStudy) -> None:
             axes[0].figure.set_size_inches(4.5 * len(axes), 4)  # room for the numbers of a log axis
         figures.save_pyplot(axes[0].figure, path)
     if reasons and len(shared.trials("COMPLETE")) > 1:
-        warn(f"not drawn: {', '.join(reasons)}")
+        print(f"tune: not drawn: {', '.join(reasons)}", file=sys.stderr)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -127,7 +127,10 @@ def recipe(params: Params) -> dict[str, object]:
     """What a study's trials share of params.yaml: dotted keys of a training but those searched and NO_SETTINGS."""
     without = {*params.tune.space, *NO_SETTINGS, "train.steps"}
     shared = {key: value for key, value in flat(trained(params)).items() if key not in without}
-    return shared | {"images_seen": params.train.steps * params.train.batch_size}
+    images = params.train.steps * params.train.batch_size
+    if "train.batch_size" in params.tune.space:  # whole steps of the one that is found see some more or less
+        images = int(float(f"{images:.2g}"))
+    return shared | {"images_seen": images}
 
 
 def recipe_digest(params: Params) -> str:

@@ -12,9 +12,10 @@ import click
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.errors import UserError
+from diffusion.errors import UserError, outside
 from diffusion.fit import StopRequest
-from diffusion.tuning_study import SharedStudy, answering, is_outage
+from diffusion.tuning_store import answering, is_outage
+from diffusion.tuning_study import SharedStudy
 from diffusion.tuning_trial import Attempt, Line, LostError, Objective, PrunedError
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def _do(
     except BaseException as error:
         if is_outage(error):
             raise  # tried again when this process is gone
+        if line_about := outside(error):  # as UserError
+            shared.tell(trial, "FAIL", stopped=True)
+            raise UserError(line_about) from None
         shared.tell(trial, "FAIL", final=True, reason=f"{type(error).__name__}: {error}")
         raise
     else:
@@ -107,8 +111,9 @@ def _do(
 
 
 def _attempt(job: Job, shared: SharedStudy, trial: "Trial", line: Line, asked_to_stop: Callable[[], bool]) -> Attempt:
-    known = shared.trials()[trial.number]
-    first = known.system_attrs.get("failed_trial", trial.number)
+    everyone = shared.trials()
+    known = everyone[trial.number]
+    first = everyone[known.system_attrs.get("failed_trial", trial.number)]
     line.know(shared.best())
     tags = {"optuna.study": job.study, "optuna.trial": str(trial.number)}
     if job.run_id:
@@ -116,7 +121,8 @@ def _attempt(job: Job, shared: SharedStudy, trial: "Trial", line: Line, asked_to
     return Attempt(
         number=trial.number,
         values={dimension.key: dimension.suggest(trial) for dimension in shared.space},
-        folder=paths.RUNS / f"{job.study}-{first:04d}",
+        # Another store may have the same study, and another trial of that number: when it began tells them apart.
+        folder=paths.RUNS / f"{job.study}-{first.number:04d}-{first.datetime_start:%m%d-%H%M%S-%f}",
         tags=tags,
         asked_to_stop=asked_to_stop,
         line=line,

@@ -54,7 +54,7 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
         kills["sittings"] += 1
         sitting = subprocess.Popen(command, cwd=folder, env=environment)
         status = _harass(sitting, store, every, chance, kills)
-    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, store, trials)}
+    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, store, trials, kills["kills"])}
 
 
 def _harass(
@@ -87,7 +87,7 @@ def _at_work(store: Store) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def _found(folder: Path, store: Store, trials: int) -> dict:
+def _found(folder: Path, store: Store, trials: int, kills: int) -> dict:
     """What the table and the trials' own records say."""
     with (folder / "tuning/trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -99,6 +99,7 @@ def _found(folder: Path, store: Store, trials: int) -> dict:
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
     drawn = {tuple(sorted(trial.params.items())) for trial in store.trials() if trial.params}
     checks = {
+        "workers_were_killed": kills > 0,
         "finished_is_what_was_asked_for": sum(finished.values()) == trials,
         "none_running": states["RUNNING"] == states["WAITING"] == 0,
         "none_lost": begun == set(finished),

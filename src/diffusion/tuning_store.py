@@ -1,0 +1,133 @@
+"""Where a study is kept: an SQLite file or a Postgres database, and what becomes of its errors."""
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import Timeout
+
+from diffusion import paths
+from diffusion.config import TuneConfig
+from diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
+SQLITE_WORKERS = 4
+BUSY_SECONDS = 60  # for another process to finish its write
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # how another machine knows that a trial's worker lives
+OTHER_STORE = (
+    "set tune.storage: postgresql://USER:PASSWORD@HOST/DATABASE, or run `make tune STORAGE=postgresql://...` "
+    "(one database for all machines; driver: pip install psycopg2-binary)"
+)
+
+
+def storage_url(config: TuneConfig) -> str:
+    """SQLAlchemy's URL of the store: OPTUNA_STORAGE, Optuna's own variable, or `tune.storage`, or optuna/study.db.
+
+    Raises:
+        UserError: it names another kind of store, its driver is missing, or SQLite is to take too many workers.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    variable = os.environ.get("OPTUNA_STORAGE")
+    text = variable or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
+    source = f"{'OPTUNA_STORAGE' if variable else 'tune.storage'} = {shown(text)}"
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        raise UserError(f"{source}: {OTHER_STORE}") from None
+    if url.drivername in ("postgres", "postgresql"):
+        if find_spec("psycopg2") is None:
+            raise UserError("a Postgres store needs a driver: pip install psycopg2-binary")
+        return url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
+    if url.drivername.startswith("postgresql+"):
+        return text
+    if url.drivername.partition("+")[0] != "sqlite":
+        raise UserError(f"{source} is neither SQLite nor Postgres: {OTHER_STORE}")
+    if not url.database or url.database.startswith((":memory:", "file:")):
+        raise UserError(f"{source} names no file, so that workers could not share it: give sqlite:///FOLDER/FILE")
+    if config.workers > SQLITE_WORKERS:
+        raise UserError(
+            f"tune.workers = {config.workers} is more than {SQLITE_WORKERS}: SQLite locks its whole file for each "
+            f"write; {OTHER_STORE}"
+        )
+    return f"sqlite:///{url.database}"
+
+
+def shown(url: str) -> str:
+    """A store's URL without its password, which may stand in its query too."""
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:
+        return "what is no URL"
+
+
+def open_storage(url: str) -> "RDBStorage":
+    """The store at `storage_url`'s address, its tables made if need be.
+
+    Raises:
+        UserError: it does not answer, is none, or is of another version.
+    """
+    from optuna.storages import RDBStorage
+
+    sqlite = url.startswith("sqlite")
+    if sqlite:
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if sqlite else {"pool_pre_ping": True}
+    for attempt in range(3):
+        try:
+            with quiet():
+                storage = RDBStorage(url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+            if sqlite:
+                with storage.engine.connect() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
+            return storage
+        except Exception as error:  # the driver's, SQLAlchemy's or Optuna's own
+            reason = " ".join(str(error).split())[:200]
+            time.sleep(attempt)  # another machine may be making the tables at this moment
+    raise UserError(f"the store {shown(url)} cannot be used ({reason}): start it, or name another in tune.storage")
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn the errors of a store that goes away meanwhile into one line.
+
+    Raises:
+        UserError: in place of SQLAlchemy's and Optuna's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"the store does not answer ({reason}); `make tune` goes on when it does") from None
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the store does not answer: no fault of a trial."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return isinstance(error, StorageInternalError | SQLAlchemyError | Timeout)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's warnings: heartbeats, some samplers and charts are experimental, few trials make odd axes."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
