@@ -61,5 +61,5 @@ bench-quality: setup  ## solvers, objectives and classes compared by their sampl
 	@dvc repro train reference
 	@for name in solvers objectives classes; do $(BIN)/python benchmarks/$$name.py || exit; done
 
-clean:  ## remove checkpoints, downloads and the virtual environment; DVC's cache and MLflow's store stay
+clean:  ## remove checkpoints and journals (first `make sync`), downloads and the virtual environment; DVC's cache and MLflow's store stay
 	rm -rf .venv runs data/downloads
