@@ -61,7 +61,7 @@ def train_to_deadline(part: Part, task: Task) -> None:
     """Train for the time that sampling and scoring leave; the learning rate's schedule ends with it."""
     torch._dynamo.config.suppress_errors = True  # go on uncompiled rather than not at all
     config = trained(with_compile(task.params, "train", task.device.type == "cuda"))
-    folder = task.folder / "large/runs" / fingerprint(config, task.data.digest)
+    folder = task.folder / "large/runs" / fingerprint(config, task.data.identity)
     trainer = Trainer(config, task.data, folder, task.device)
     part.keep(resumed_at=trainer.progress.step, batch_size=config.train.batch_size, recipe=to_dict(config))
     try:

@@ -113,7 +113,7 @@ def of_study(params: Params) -> dict[str, Any]:
     if not paths.OPTUNA_DB.exists():
         return {}
     reference = load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
-    name_of_study, url = study_name(params, Dataset.load().digest, reference), f"sqlite:///{paths.OPTUNA_DB}"
+    name_of_study, url = study_name(params, Dataset.load().identity, reference), f"sqlite:///{paths.OPTUNA_DB}"
     if name_of_study not in optuna.get_all_study_names(url):
         return {}
     shared, found = SharedStudy(name_of_study, params, url), dict[str, Any]()

@@ -30,7 +30,7 @@ def stage(work: Callable[[Params], None]) -> click.Command:
         except UserError as error:
             click.secho(f"error: {error}", fg="red", err=True)
             sys.exit(2)
-        except OSError as error:
+        except Exception as error:
             if not (line := outside(error)):
                 raise
             click.secho(f"error: {line}", fg="red", err=True)

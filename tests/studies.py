@@ -87,7 +87,7 @@ def studies() -> list[str]:
 
 def name_of(params: config.Params) -> str:
     reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
-    return tuning.study_name(params, "tiny", reference)
+    return tuning.study_name(params, Dataset.load().identity, reference)
 
 
 def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusion import checkpoint
+from diffusion import checkpoint, config
+from diffusion.errors import outside
+from diffusion.export import save_model
 
 
 def state(value: float) -> dict[str, object]:
@@ -63,3 +66,21 @@ def test_no_code_is_unpickled(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         checkpoint.latest(tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a full disk to try")
+@pytest.mark.parametrize("kind", ["checkpoint", "model"])
+def test_a_full_disk_is_said_as_such(tmp_path: Path, tiny, kind: str) -> None:
+    """PyTorch and safetensors raise errors of their own; tensors of a size that no buffer holds."""
+    weights = {"w": torch.zeros(1_000_000)}
+    file = tmp_path / (f".step_{1:08d}.{os.getpid()}.tmp" if kind == "checkpoint" else "model.safetensors")
+    file.symlink_to("/dev/full")
+    save = {
+        "checkpoint": lambda: checkpoint.save({"net": weights}, tmp_path, 1),
+        "model": lambda: save_model(file, weights, config.trained(tiny()), {}),
+    }[kind]
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        save()
+    line = outside(caught.value)
+    assert line
+    assert line.startswith("No space left on device")

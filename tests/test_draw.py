@@ -20,9 +20,10 @@ from PIL import Image
 from test_stages import run, run_all, start, write_params
 from worlds import in_world
 
-from diffusion import config, draw, judge, paths, reference, sampling, tracking
+from diffusion import config, draw, export, judge, paths, reference, sampling, tracking
 from diffusion.distributed import World
 from diffusion.parts import Parts
+from diffusion.provenance import import_closure
 
 OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
 
@@ -139,6 +140,28 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(trained: Path, monkeypa
     assert re.search(r"error: \S+x\.npz: No space left on device: put that right; .*\n$", result.output)
     assert "resuming: 8 of 14" in run("sample").output
     assert samples().shape == (14, 32, 32, 3)
+
+
+def test_who_draws_other_samples_here_is_kept_out_too(trained: Path) -> None:
+    """A stage that outlived its killed `dvc` would go on to write its images among these."""
+    paths.SAMPLE_LOCK.parent.mkdir(exist_ok=True)
+    with FileLock(paths.SAMPLE_LOCK):
+        result = run("sample", "--sample.steps", "3")
+    assert result.exit_code == 2
+    assert "is sampling here" in result.output
+
+
+def test_the_networks_code_is_part_of_what_images_depend_on() -> None:
+    names = {path.name for module in (sampling, export) for path in import_closure(Path(str(module.__file__)))}
+    assert names >= {"unet.py", "layers.py", "samplers.py", "schedules.py", "noise.py", "parameterization.py"}
+
+
+def test_guidance_is_not_shown_of_a_network_that_always_knew_the_class(workspace: Path) -> None:
+    classes = {"model.num_classes": 10, "train.label_dropout": 0.0, "sample.num_images": 10}
+    write_params(**classes)
+    run_all("prepare", "train", "sample")
+    assert (paths.SAMPLES / "grid.png").exists()
+    assert not (paths.SAMPLES / "guidance.png").exists()
 
 
 def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object]) -> None:

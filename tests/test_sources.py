@@ -176,3 +176,13 @@ def test_arrays_that_do_not_fit_say_which_keys_would(tmp_path: Path) -> None:
     np.savez(path, images=pixels(4))
     path.write_bytes(path.read_bytes()[:-500])
     assert "cannot be used" in refused(path)
+
+
+def test_a_zip_with_a_password_is_one_line(tmp_path: Path) -> None:
+    """Zipfile writes none: the flag is set in a plain one, in both of its headers."""
+    path = zip_of(tmp_path / "own.zip", {"a.png": encoded(pixels(1)[0])})
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    path.write_bytes(content)
+    assert "password required" in refused(path)

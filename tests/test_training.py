@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +394,12 @@ def test_the_fingerprint_changes_with_params_data_and_code(
     for same_training in ("sample.num_images", "train.processes", "train.micro_batch"):
         assert fingerprint(trained(tiny(**{same_training: 3})), "a") == fingerprint(config, "a")
     assert fingerprint(trained(tiny(**{"train.compile": "on"})), "a") == fingerprint(config, "a")
+
+
+def test_another_split_of_the_same_images_is_other_data(tiny_data) -> None:
+    """Else a changed data.val_images would find the old training finished, or go on with it on other images."""
+    moved = replace(tiny_data, train=tiny_data.train[1:], val=torch.cat([tiny_data.train[:1], tiny_data.val]))
+    swapped = replace(tiny_data, train=tiny_data.val, val=tiny_data.train)
+    relabelled = replace(tiny_data, digest="other labels")
+    assert len({data.identity for data in (tiny_data, moved, swapped, relabelled)}) == 4
+    assert replace(tiny_data, train=tiny_data.train.clone()).identity == tiny_data.identity

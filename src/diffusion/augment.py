@@ -11,7 +11,7 @@ from torch import Tensor
 
 LABELS = 8  # y-flip; log2 scale; rotation (cos - 1, sin); log2 stretch along an angle (cos, sin); shift (x, y)
 SCALE, SHIFT = 0.2, 0.125  # standard deviations: of log2 sizes, and in image widths
-TURNED = 0.5  # share of stretches that are along any angle; the others are along x
+TURNED = 0.5  # share of stretches that are along any angle; the others are along x or y
 
 
 def draw(count: int, probability: float, source: torch.Generator) -> Tensor:
@@ -30,7 +30,8 @@ def draw(count: int, probability: float, source: torch.Generator) -> Tensor:
     scale = gate() * normal()
     turn = gate() * angle()
     stretch, turned = gate() * normal(), torch.rand(count, generator=source, device=source.device) < TURNED
-    axis = angle() * turned.float()
+    upright = stretch.lt(0) * (math.pi / 2)  # narrower along x is wider along y
+    axis, stretch = torch.where(turned, angle(), upright), stretch.abs()
     shifted = gate()
     columns = [flip, scale, turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin()]
     return torch.stack([*columns, shifted * normal(), shifted * normal()], dim=1)

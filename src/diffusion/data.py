@@ -157,6 +157,12 @@ class Dataset:
         )
 
     @property
+    def identity(self) -> str:
+        """Hex digits of the images, the labels and how they are split: all that a training can see of them."""
+        parts = (np.frombuffer(self.digest.encode(), np.uint8), self.train.numpy(), self.val.numpy())
+        return digest(tuple(map(len, parts)), parts, np.empty(0))
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W), as networks see it."""
         height, width, channels = self.images.shape[1:]

@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import images, paths, sampling, tracking
+from diffusion import export, images, paths, sampling, tracking
 from diffusion.background import Background
 from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
 from diffusion.distributed import World, joined
@@ -56,8 +56,7 @@ def draw(params: Params) -> None:
         keep_freed_memory()
         denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
         parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
-        lock = only_process(parts.folder / "lock", "is drawing these samples")
-        world.together(lambda: held.enter_context(lock) if world.is_main else None)
+        world.together(lambda: held.enter_context(_only_one(parts.folder)) if world.is_main else None)
         tracker = _attach(params, card, run) if world.is_main else NullTracker()
         with tracking.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
@@ -72,6 +71,13 @@ def draw(params: Params) -> None:
             tracker.metrics({"sample/seconds": seconds, "sample/num_images": params.sample.num_images}, card["step"])
             for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png"):
                 tracker.artifact(picture, "samples")
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keep out who draws these samples elsewhere, and who draws any others here."""
+    with only_process(folder / "lock", "is drawing these samples"), only_process(paths.SAMPLE_LOCK, "is sampling here"):
+        yield
 
 
 def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
@@ -90,8 +96,9 @@ def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
 
 
 def _code() -> str:
-    """Digest of the code that decides what an image is."""
-    return code_digest(Path(sampling.__file__))
+    """Digest of the code that decides what an image is: the sampling, and the network as it is loaded."""
+    both = [code_digest(Path(str(module.__file__))) for module in (sampling, export)]
+    return hashlib.sha256("".join(both).encode()).hexdigest()
 
 
 def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
@@ -191,15 +198,23 @@ def _write_outputs(
     strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
     images.save_png(images.strip(strip.numpy(), scale=images.zoom(drawn)), paths.SAMPLES / "denoising.png")
     if labels is not None:
-        _write_classes(params, denoiser, drawn, labels, device)
+        knows_none = card["config"]["train"]["label_dropout"] > 0
+        _write_classes(params, denoiser, drawn, labels, device, knows_none=knows_none)
 
 
-def _write_classes(params: Params, denoiser: Denoiser, drawn: np.ndarray, labels: Tensor, device: torch.device) -> None:
-    """classes.png, a row a class, and guidance.png, a row an image, a column a guidance."""
+def _write_classes(
+    params: Params, denoiser: Denoiser, drawn: np.ndarray, labels: Tensor, device: torch.device, *, knows_none: bool
+) -> None:
+    """classes.png, a row a class, and guidance.png, a row an image, a column a guidance.
+
+    Without the latter where the network was never trained without a class, of which guidance makes use.
+    """
     scale = images.zoom(drawn)
     rows = sampling.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
     if len(rows):
         images.save_png(images.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=scale), paths.SAMPLES / "classes.png")
+    if not knows_none:
+        return
     shown = range(min(SWEEP_IMAGES, params.sample.num_images))
     sweep = sampling.guidance_sweep(denoiser, params.sample, params.seed, shown, device)
     images.save_png(images.strip(sweep.numpy(), scale=scale), paths.SAMPLES / "guidance.png")

@@ -2,7 +2,9 @@
 
 import errno
 
-OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
+MEMORY = ("train.micro_batch", "sample.batch_size", "evaluate.batch_size")  # keys that say how much of a GPU is used
+FULL = (errno.ENOSPC, errno.EDQUOT)
+OUTSIDE = (*FULL, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
 
 
 class UserError(Exception):
@@ -12,9 +14,17 @@ class UserError(Exception):
     """
 
 
-def outside(error: BaseException) -> str | None:
-    """One line about a full disk or a folder that cannot be written; None if `error` is another."""
-    if not isinstance(error, OSError) or error.errno not in OUTSIDE:
-        return None
-    place = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{place}: put that right; what is done is kept"
+def outside(error: BaseException | None) -> str | None:
+    """One line about a full disk, a folder that cannot be written, or a full GPU; None if `error` is about none.
+
+    Libraries raise errors of their own after the system's, which is then what they were raised from.
+    """
+    wanted: tuple[int, ...] = OUTSIDE
+    while error:
+        if isinstance(error, OSError) and error.errno in wanted:
+            place = f" ({error.filename})" if error.filename else ""
+            return f"{error.strerror}{place}: put that right; what is done is kept"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which stages import late
+            return f"the GPU's memory is full: lower {', '.join(MEMORY)}, or stop what else uses it"
+        error, wanted = error.__cause__ or error.__context__, FULL  # what could not be opened may have been coped with
+    return None

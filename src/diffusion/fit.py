@@ -46,7 +46,7 @@ def fit(params: Params) -> None:
     with joined(config.train.device) as (world, device), contextlib.ExitStack() as held:
         data = world.together(Dataset.load)
         keep_freed_memory()
-        folder = paths.RUNS / fingerprint(config, data.digest)
+        folder = paths.RUNS / fingerprint(config, data.identity)
         world.together(lambda: held.enter_context(only_trainer(folder)) if world.is_main else None)
         stop = held.enter_context(StopRequest())
         score = Scorer(config, data, folder, device) if config.train.evaluate_every else None
@@ -58,9 +58,12 @@ def fit(params: Params) -> None:
         with tracking.closing_status(tracker, "train"):
             if world.is_main:
                 _describe(params, folder, tracker)
+            if world.is_main and _shows(trainer) and not _has_previews(trainer):  # it was killed before it drew them
+                _draw_previews(trainer, tracker)
             _loop(trainer, tracker, stop)
             if world.is_main:
-                _draw_previews(trainer, tracker)
+                if not _has_previews(trainer):
+                    _draw_previews(trainer, tracker)
                 _write_outputs(trainer, tracker, data.digest, made_by)
 
 
@@ -113,7 +116,7 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
             if world.is_main:
                 bar.update(config.batch_size)
                 _show(record, trainer, tracker, system, bar)
-                if record.step % config.preview_every == 0 and record.step < config.steps:
+                if _shows(trainer):
                     _draw_previews(trainer, tracker)
             if _stops(trainer, stop, record.step):
                 trainer.save()
@@ -122,11 +125,19 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
                 raise KeyboardInterrupt(f"stopped at step {record.step}; `dvc repro` goes on from there")
 
 
+def _shows(trainer: Trainer) -> bool:
+    """Whether previews are drawn at the step that the training is at, other than the last, which always has them."""
+    step, config = trainer.progress.step, trainer.config.train
+    return 0 < step < config.steps and step % config.preview_every == 0
+
+
+def _has_previews(trainer: Trainer) -> bool:
+    return (trainer.folder / "previews" / f"step_{trainer.progress.step:06d}_denoising.png").exists()
+
+
 def _draw_previews(trainer: Trainer, tracker: Tracker) -> None:
-    """Pictures of the step that the training is at, unless a sitting that was killed after it has drawn them."""
+    """Pictures of the step that the training is at."""
     folder, step = trainer.folder / "previews", trainer.progress.step
-    if (folder / f"step_{step:06d}_denoising.png").exists() and step == trainer.config.train.steps:
-        return
     for key, picture in zip(("samples", "denoising"), write_previews(trainer, folder), strict=True):
         tracker.image(picture, key, step)
 

@@ -42,6 +42,7 @@ FD_CSV = Path("plots/fd_lite0.csv")
 PREVIEWS = Path("plots/previews")
 
 TRAIN_LOCK = Path("runs/workspace.lock")  # relative: one trainer a workspace, also in a temporary one
+SAMPLE_LOCK = Path("runs/samples.lock")  # the same for who writes samples/
 
 # sample
 SAMPLES = Path("samples")

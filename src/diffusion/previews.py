@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from diffusion import images, sampling
 from diffusion.config import SampleConfig, TrainConfig
 from diffusion.training import Trainer
@@ -33,9 +35,13 @@ def preview_config(config: TrainConfig, images: int | None = None, batch_size: i
 
 def write_previews(trainer: Trainer, folder: Path) -> list[Path]:
     """Write step_<step>.png (a grid) and step_<step>_denoising.png (a strip) into `folder`."""
-    config = preview_config(trainer.config.train)
-    seed, indices = trainer.config.seed, range(config.num_images)
-    frames = sampling.stages(trainer.denoiser(), config, seed, indices, trainer.device, STRIP_COLUMNS).numpy()
+    train, seed, config = trainer.config.train, trainer.config.seed, preview_config(trainer.config.train)
+    at_once = 2 * train.micro_batch if train.micro_batch else config.num_images  # as validation, which fits
+    parts = [
+        sampling.stages(trainer.denoiser(), config, seed, some, trainer.device, STRIP_COLUMNS)
+        for some in sampling.cut(range(config.num_images), at_once)
+    ]
+    frames = torch.cat(parts, dim=1).numpy()
     name = f"step_{trainer.progress.step:06d}"
     grid, strip = folder / f"{name}.png", folder / f"{name}_denoising.png"
     images.save_png(images.grid(frames[-1], columns=8, scale=images.zoom(frames)), grid)

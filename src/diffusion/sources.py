@@ -1,6 +1,7 @@
 """The training images that `data.source` names, whatever holds them, as one stream of equal uint8 arrays."""
 
 import io
+import lzma
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,10 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], byt
     def read() -> bytes:
         if info.file_size > LARGEST:  # zipfile yields no more than that, whatever the member really holds
             raise ValueError(f"more than {LARGEST >> 20} MiB")
-        return archive.read(info)
+        try:
+            return archive.read(info)
+        except (RuntimeError, lzma.LZMAError) as error:  # a password, a compression that zipfile lacks
+            raise ValueError(str(error)) from None
 
     return read
 

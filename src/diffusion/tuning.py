@@ -53,7 +53,7 @@ def tune(params: Params) -> None:
     url = storage_url(params.tune)
     resolve_device(params.train.device)  # else every trial would find out
     reference = tuning_objective.load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
-    search(study_name(params, Dataset.load().digest, reference), params, url, Trainings)
+    search(study_name(params, Dataset.load().identity, reference), params, url, Trainings)
 
 
 def search(name: str, params: Params, url: str, prepare: Callable[[Params], Objective]) -> None:
@@ -103,7 +103,7 @@ def _study_run(shared: SharedStudy) -> tuple[Tracker, str | None]:
         return tracker, tracker.run_id or known
 
 
-def study_name(params: Params, data_digest: str, reference: Reference) -> str:
+def study_name(params: Params, data: str, reference: Reference) -> str:
     """16 hex digits that name all a study's values depend on, code included.
 
     How they are searched for (trials, workers, sampler, pruner, storage, seed) may change from sitting to sitting.
@@ -111,7 +111,7 @@ def study_name(params: Params, data_digest: str, reference: Reference) -> str:
     identity = {
         "tune": {key: to_dict(params.tune)[key] for key in ("images_per_trial", "sample_images", "space")},
         "recipe": recipe(params),
-        "data": data_digest,
+        "data": data,
         "reference": reference.key,
         "reports": REPORTS,
         "code": [code_digest(Path(str(module.__file__))) for module in (tuning_objective, tuning_space)],
