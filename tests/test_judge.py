@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from test_stages import run, run_all, start, write_params
 
-from diffusion import paths
+from diffusion import judge, paths
 from diffusion.reference import Reference
 
 
@@ -32,6 +33,42 @@ def test_a_damaged_card_is_one_line(workspace: Path, content: str) -> None:
     assert result.exit_code == 2
     assert result.output.startswith("error: samples/card.json is no card of samples (")
     assert len(result.output.splitlines()) == 1
+
+
+def test_samples_of_another_model_are_not_scored(workspace: Path) -> None:
+    """Their scores would be registered as those of the model that lies here now."""
+    write_params()
+    run_all("prepare", "reference", "train", "sample", "evaluate")
+    before = paths.EVALUATE_METRICS.read_text()
+    assert run("train", "--seed", "1").exit_code == 0
+    result = run("evaluate")
+    assert result.exit_code == 2
+    assert result.output.endswith(
+        "samples/ is of another model than models/model.safetensors is now: run `dvc repro sample`\n"
+    )
+    assert paths.EVALUATE_METRICS.read_text() == before
+
+
+def test_what_stays_in_memory_is_no_condition_of_a_distance() -> None:
+    about = {"samples": 12, "reference": {"split": "train", "images": 20, "sha256": "f", "kept": 10_000}}
+    other, less = {**about["reference"], "sha256": "e"}, {**about["reference"], "kept": 0}
+    same = [judge._conditions({**about, "reference": key}) for key in (about["reference"], less, other)]
+    assert same[0] == same[1] != same[2]
+
+
+def test_who_scores_the_same_model_is_waited_for(workspace: Path) -> None:
+    """Experiments side by side: `dvc queue start --jobs 2`."""
+    write_params()
+    run_all("prepare", "reference", "train", "sample")
+    (run_folder,) = (path.parent for path in paths.RUNS.glob("*/journal.jsonl"))
+    with FileLock(run_folder / "evaluate.lock"):
+        second = start("stages.evaluate")
+        assert second.stderr
+        line = next(line for line in second.stderr if "waiting" in line)
+        assert "which is scoring samples of this model" in line
+        assert second.poll() is None
+    second.communicate(timeout=300)
+    assert second.returncode == 0
 
 
 @pytest.mark.slow

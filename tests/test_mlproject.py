@@ -172,6 +172,18 @@ class TestReproduce:
         assert config.load(REPO / "params.yaml", read) == params
         assert set(command[5::2]) == {"-S"}
 
+    @pytest.mark.parametrize("recipe", sorted((REPO / "params").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_dvc_can_read_what_it_is_asked_for(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By its own parser, which takes no keys in quotation marks, and no escapes."""
+        from dvc.utils.hydra import to_hydra_overrides
+
+        params = config.load(recipe, {"data.source": "bilder/größe"})
+        texts = self.asked(monkeypatch, params)[6::2]
+        found = {str(o.key_or_group): o.value() for o in to_hydra_overrides(texts)}
+        assert found["data.source"] == "bilder/größe"
+        assert not [key for key in found if key.startswith("tune")]
+        assert {key: value for key, value in config.flat(params).items() if key in found} == found
+
 
 def mlflow_run(folder: Path, *arguments: str, env_manager: str = "local") -> str:
     """`mlflow run .` as users call it, on the store of the project's folder; what it printed."""

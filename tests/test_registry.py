@@ -1,5 +1,6 @@
 """Versions and aliases of the registered model, against a real store that MLflow's own client reads."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from stores import client_of, close_in_time, open_run, warnings
 
 from diffusion import config, judge, mlflow_store, paths, registry, sampling, serving
 from diffusion.errors import UserError
-from diffusion.export import load_denoiser
+from diffusion.export import load_denoiser, read_card
 from diffusion.journal import NullTracker
 from diffusion.sync import sync
 
@@ -74,6 +75,14 @@ class TestAliases:
         add(3, fd_lite0=400.0, fid=40.0)
         assert holder(client, "champion") == "3"
 
+    def test_the_new_scores_decide_not_those_of_fewer_samples_before(self, client: Any, add: Register) -> None:
+        add(1, fid2k_train=30.0)
+        add(2, fid2k_train=31.0)
+        add(1, fid50k_train=12.0)
+        assert (holder(client, "champion"), holder(client, "candidate")) == ("1", "2")
+        add(2, fid50k_train=11.0)
+        assert holder(client, "champion") == "2"
+
     def test_another_way_to_sample_is_another_version(self, client: Any, add: Register) -> None:
         assert add(1, fd_lite0=300.0, steps=4) != add(1, fd_lite0=290.0, steps=8)
         assert holder(client, "champion") == "2"
@@ -132,8 +141,8 @@ def test_scores_that_decide_nothing_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "models", params_of())
-    judge._register("faces", config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
+    card = read_card(write_model(tmp_path / "models", params_of()))
+    judge._register("faces", card, config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: evaluate.measures lacks frechet")
 
@@ -173,6 +182,18 @@ def test_the_logged_model_draws_what_the_library_draws(
 
 
 class TestThroughTheJournal:
+    def test_what_is_sent_later_has_the_code_that_drew(self, database: Path, tmp_path: Path) -> None:
+        """Not that of the day on which the server is back."""
+        params = params_of()
+        weights = write_model(tmp_path / "models", params, seed=1)
+        library = shutil.copytree(registry.LIBRARY, tmp_path / "kept/diffusion")
+        (library / "unet.py").write_text("# as it was\n" + (library / "unet.py").read_text())
+        tracker = open_run(tmp_path / "run")
+        tracker.model(weights, {**described(weights, params), "library": str(library)})
+        close_in_time(tracker)
+        (stored,) = (tmp_path / "ml artifacts").rglob("code/diffusion/unet.py")
+        assert stored.read_text().startswith("# as it was")
+
     def test_an_absent_server_gets_the_model_later(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

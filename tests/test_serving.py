@@ -165,6 +165,8 @@ def test_what_mlflows_server_answers_with_500_or_a_traceback_is_a_4xx_here(serve
     assert reply(port, '{"dataframe_records": []}')[0] == 400
     assert reply(port, " " * 70_000)[0] == 413
     assert reply(port, iter([b'{"inputs": ', b'{"num_images": 1}}']))[0] == 411  # chunked
+    both = {"Content-Length": "10", "Transfer-Encoding": "chunked"}  # of which the second would win, without an end
+    assert reply(port, iter([b"1\r\n{\r\n0\r\n\r\n"]), **both)[0] == 411
     assert reply(port, "{}", **{"Content-Type": "text/csv"})[0] == 415
     assert reply(port, "{}", **{"Content-Type": ""})[0] == 415
 
@@ -235,6 +237,18 @@ def test_models_without_classes_refuse_them() -> None:
     assert api.parse({"num_images": 1, "guidance": 1}, None) == api.Request(1, guidance=1.0)
     with pytest.raises(UserError, match="knows no classes"):  # MLflow's schema lacks it
         serving.check(b'{"inputs": {"num_images": 1, "guidance": 1}}', None)
+
+
+def test_a_model_that_always_knew_the_class_is_not_guided(tmp_path: Path) -> None:
+    """The network's row for no class was never trained."""
+    known = {"num_images": 1, "labels": [0]}
+    with pytest.raises(UserError, match="cannot be guided"):
+        api.parse({**known, "guidance": 2.0}, 10, guidable=False)
+    assert api.parse({**known, "guidance": 1.0}, 10, guidable=False).labels == (0,)
+    for share in (0.0, 0.2):
+        params = params_of(**{"model.num_classes": 10, "train.label_dropout": share})
+        weights = write_model(tmp_path / str(share), params)
+        assert api.Generator(weights, params.sample).guidable == (share > 0)
 
 
 def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusion import images, sampling
 from diffusion.config import SampleConfig, Seed
 from diffusion.errors import UserError
-from diffusion.export import load_denoiser
+from diffusion.export import load_denoiser, read_card
 from diffusion.ranges import Range, allowed
 from diffusion.runtime import resolve_device
 
@@ -34,8 +34,8 @@ class Request:
     format: Literal["png", "raw"] = "png"
 
 
-def parse(inputs: object, num_classes: int | None) -> Request:
-    """The request that plain values, as JSON has them, describe; `num_classes` is the model's.
+def parse(inputs: object, num_classes: int | None, *, guidable: bool = True) -> Request:
+    """The request that plain values, as JSON has them, describe; `num_classes` and `guidable` are the model's.
 
     Raises:
         UserError: what is wrong, in one sentence.
@@ -63,6 +63,8 @@ def parse(inputs: object, num_classes: int | None) -> Request:
         raise UserError(f"{name} must be {allowed(kinds[name])}, not {repr(inputs[name])[:40]}") from None
     if num_classes is None and (request.labels is not None or request.guidance not in (None, 1.0)):
         raise UserError("this model knows no classes: leave out labels and guidance")
+    if not guidable and request.guidance not in (None, 1.0):
+        raise UserError("this model was never trained without a class, so it cannot be guided: leave out guidance")
     if request.labels is not None and (not request.labels or max(request.labels) >= (num_classes or 0)):
         raise UserError(f"labels must be a list of classes from 0 to {(num_classes or 0) - 1}, with one at least")
     return request
@@ -78,6 +80,7 @@ class Generator:
             UserError: a file is missing, damaged, or does not fit the card; or the device is not on this machine.
         """
         self._device = resolve_device(sample.device)
+        self.guidable = read_card(weights)["config"]["train"]["label_dropout"] > 0  # it knows images without a class
         self._denoiser = load_denoiser(weights, sample, self._device)
         self._sample, self._turn = sample, threading.Lock()
 

@@ -47,6 +47,9 @@ class Tracker(Protocol):
     def dataset(self, name: str, digest: str, source: str) -> None:
         """The images that the run trains on. `digest`: hex digits of any number, of which MLflow keeps 36."""
 
+    def keep(self, path: Path, folder: str) -> Path:
+        """Where the file or folder will still be as it is now when an outage ends."""
+
     def model(self, weights: Path, about: Mapping[str, Any]) -> None:
         """A model to register: the file and what registry.register wants to know of it."""
 

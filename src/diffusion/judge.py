@@ -15,7 +15,8 @@ from diffusion.journal import JOURNAL, NullTracker, Tracker
 from diffusion.locks import only_process
 from diffusion.metrics.names import shown
 
-CARD = ("config", "fingerprint", "run_id", "step")  # what is read of the samples' card here
+MADE_BY = ("fingerprint", "run_id", "step")  # what the samples' card has of the model's
+CARD = ("config", *MADE_BY)  # what is read of the samples' card here
 
 
 def judge(params: Params) -> None:
@@ -28,8 +29,9 @@ def judge(params: Params) -> None:
         about = world.together(_read_card)
         drawn_with, code, made_by = about.pop("config"), about.pop("code", None), about.pop("made_by", {})
         about.pop("trained", None)  # the model's card has it
+        model = world.together(lambda: _model_of(about))
         run = paths.RUNS / about["fingerprint"]
-        lock = only_process(run / "evaluate.lock", "is scoring these samples")
+        lock = only_process(run / "evaluate.lock", "is scoring samples of this model", wait=True)
         world.together(lambda: held.enter_context(lock) if world.is_main else None)
         tracker: Tracker = NullTracker()
         if world.is_main:
@@ -40,7 +42,7 @@ def judge(params: Params) -> None:
             result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
             if world.is_main:
                 _report(result, about["step"], tracker)
-                _register(params.tracking.experiment, drawn_with, code, result, tracker)
+                _register(params.tracking.experiment, model, drawn_with, code, result, tracker)
 
 
 def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
@@ -52,8 +54,13 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
     print("  ".join(f"{name} {shown(value)}" for name, value in scores.items()))
 
 
-def _register(name: str, sample: dict[str, Any], code: str | None, result: dict[str, Any], tracker: Tracker) -> None:
-    """Hand the model to the registry with its scores and the section and code that the samples were drawn with."""
+def _register(
+    name: str, card: dict[str, Any], sample: dict[str, Any], code: str | None, result: dict[str, Any], tracker: Tracker
+) -> None:
+    """Hand the model to the registry with its scores and the section and code that the samples were drawn with.
+
+    The library is kept as it is now: what MLflow gets later must not have the code of then.
+    """
     scores = [
         {"metric": about["metric"], "value": result[about["metric"]], "of": _conditions(about)}
         for about in result["about"]
@@ -64,15 +71,24 @@ def _register(name: str, sample: dict[str, Any], code: str | None, result: dict[
             "warning: evaluate.measures lacks frechet: this model can be compared with no other version",
             file=sys.stderr,
         )
-    card = read_card(paths.MODEL)
-    tracker.model(paths.MODEL, registry.described(name, paths.MODEL, card, sample, scores, code))
+    about = registry.described(name, paths.MODEL, card, sample, scores, code)
+    library = tracker.keep(registry.LIBRARY, f"code-{about['identity']}")
+    tracker.model(paths.MODEL, {**about, "library": str(library)})
 
 
 def _conditions(about: dict[str, Any]) -> str:
     """What has to be equal for two scores to be comparable."""
-    key = about["reference"]
+    key = {name: value for name, value in about["reference"].items() if name != "kept"}  # of which no distance depends
     digest = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return f"{about['samples']} samples against {key['images']} of {key['split']}, {digest}"
+
+
+def _model_of(samples: dict[str, Any]) -> dict[str, Any]:
+    """The card of the model, which has to be the one that drew the samples."""
+    card = read_card(paths.MODEL)
+    if any(card.get(key) != samples[key] for key in MADE_BY):
+        raise UserError(f"{paths.SAMPLES}/ is of another model than {paths.MODEL} is now: run `dvc repro sample`")
+    return card
 
 
 def _read_card() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from diffusion.errors import UserError
 
 
 @contextlib.contextmanager
-def only_process(lock: Path, work: str) -> Iterator[None]:
+def only_process(lock: Path, work: str, *, wait: bool = False) -> Iterator[None]:
     """Keep a second process from the same `work`, e.g. "is drawing": a killed `dvc` leaves its stage running.
 
     Raises:
-        UserError: there is one.
+        UserError: there is one, and this one is not to wait for it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     owner = lock.with_suffix(".pid")
@@ -24,7 +25,10 @@ def only_process(lock: Path, work: str) -> Iterator[None]:
         held.acquire(timeout=0)
     except Timeout:
         pid = owner.read_text().strip() if owner.exists() else "unknown"
-        raise UserError(f"another process ({pid}) {work}: wait for it, or stop it") from None
+        if not wait:
+            raise UserError(f"another process ({pid}) {work}: wait for it, or stop it") from None
+        print(f"waiting for another process ({pid}), which {work}", file=sys.stderr, flush=True)
+        held.acquire()
     with held:
         owner.write_text(f"{os.getpid()}\n")
         yield

@@ -21,7 +21,8 @@ def reproduce(params: Params) -> int:
     here stay, and the next call starts from the same defaults. DVC prints how to bring the experiment's results here.
     """
     file = flat(load(paths.PARAMS))
-    changed = {key: value for key, value in flat(params).items() if value != file[key]}
+    # The search is no stage, and DVC could not read what its space is.
+    changed = {key: value for key, value in flat(params).items() if value != file[key] and key.split(".")[0] != "tune"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the stages' `python` is this one
     status = subprocess.run([sys.executable, "-m", "dvc", *_arguments(changed)], env={**os.environ, "PATH": path})
     if not changed and not status.returncode and params.tracking.enabled:
@@ -32,9 +33,10 @@ def reproduce(params: Params) -> int:
 def _arguments(changed: Mapping[str, object]) -> list[str]:
     if not changed:
         return ["repro"]
-    said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in changed.items())
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in changed.items()}
+    said = ", ".join(f"{key} = {text}" for key, text in texts.items())
     print(f"{paths.PARAMS} stays as it is; in a DVC experiment of its own: {said}", file=sys.stderr)
-    settings = [text for key, value in changed.items() for text in ("-S", f"{key}={json.dumps(value)}")]
+    settings = [part for key, text in texts.items() for part in ("-S", f"{key}={text}")]
     return ["exp", "run", "--temp", *settings]
 
 

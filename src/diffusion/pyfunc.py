@@ -22,8 +22,8 @@ class Answering:
     generator: api.Generator
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the weights and how to sample with them."""
-        sample = section_from_dict(SampleConfig, context.model_config["sample"])
+        """Read the weights and how to sample with them, on what this machine has."""
+        sample = section_from_dict(SampleConfig, {**context.model_config["sample"], "device": "auto"})
         self.generator = api.Generator(Path(context.artifacts["weights"]), sample)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
@@ -32,7 +32,8 @@ class Answering:
             if len(model_input) != 1:
                 raise UserError(f"give one request a call, not {len(model_input)}")
             inputs = {name: _plain(model_input[name].iloc[0]) for name in model_input}  # a row would turn 16 into 16.0
-            return self.generator.answer(api.parse(inputs, self.generator.num_classes))
+            mine = self.generator
+            return mine.answer(api.parse(inputs, mine.num_classes, guidable=mine.guidable))
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

@@ -1,7 +1,7 @@
 """MLflow's model registry: versions of the experiment's model, and which of them is the champion.
 
 A version is a set of weights together with a way to sample from them. `candidate` is the newest; `champion` moves when
-a candidate scores better in the same metric, of as many samples, against the same reference.
+another version is scored better in the same metric, of as many samples, against the same reference.
 """
 
 import hashlib
@@ -70,30 +70,36 @@ def register(client: Any, run_id: str, weights: Path, about: Mapping[str, Any]) 
     for score in about["scores"]:
         client.set_model_version_tag(name, version.version, score["metric"], f"{score['value']!r}")
         client.set_model_version_tag(name, version.version, f"{score['metric']}.of", score["of"])
-    client.set_registered_model_alias(name, "candidate", version.version)
-    _challenge(client, name, client.get_model_version(name, version.version))
+    newest = _bearer(client, name, "candidate")
+    if newest is None or int(newest.version) < int(version.version):
+        client.set_registered_model_alias(name, "candidate", version.version)
+    _challenge(client, name, client.get_model_version(name, version.version), [s["metric"] for s in about["scores"]])
 
 
 def champion(client: Any, name: str) -> Any | None:
     """The version that bears the alias; None if there is none."""
+    return _bearer(client, name, "champion")
+
+
+def _bearer(client: Any, name: str, alias: str) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, "champion")
+        return client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
 
 
-def _challenge(client: Any, name: str, candidate: Any) -> None:
-    """Make `candidate` the champion if it is better, and say so."""
+def _challenge(client: Any, name: str, candidate: Any, metrics: list[str]) -> None:
+    """Make `candidate` the champion if it is better in the first of `metrics`, its new scores, that both have."""
     holder = champion(client, name)
     if holder is None:
         client.set_registered_model_alias(name, "champion", candidate.version)
         warn(f"version {candidate.version} of model {name} is its first champion")
     elif holder.version != candidate.version:
-        metric = next((m for m in _scores(candidate.tags) if _comparable(m, holder.tags, candidate.tags)), None)
+        metric = next((m for m in _deciding(metrics) if _comparable(m, holder.tags, candidate.tags)), None)
         if metric is None:
             hint = f"if you prefer it: make promote VERSION={candidate.version}"
             warn(
@@ -110,9 +116,13 @@ def _challenge(client: Any, name: str, candidate: Any) -> None:
 
 
 def _scores(tags: Mapping[str, str]) -> list[str]:
-    """The metrics that a version was scored by, those that decide first: FID before distances in other features."""
-    names = [tag.removesuffix(".of") for tag in tags if tag.endswith(".of")]
-    return sorted(names, key=lambda name: (not name.startswith("fid"), name))
+    """The metrics that a version was ever scored by."""
+    return _deciding([tag.removesuffix(".of") for tag in tags if tag.endswith(".of")])
+
+
+def _deciding(metrics: list[str]) -> list[str]:
+    """In the order in which they decide: FID before distances in other features."""
+    return sorted(metrics, key=lambda name: (not name.startswith("fid"), name))
 
 
 def _comparable(metric: str, ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
@@ -148,7 +158,9 @@ def _create(client: Any, run_id: str, weights: Path, about: Mapping[str, Any]) -
         experiment, "model", run_id, tags, way, "diffusion"
     )
     with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder) / "model", weights, about["card"], about["sample"], model_id=logged.model_id, run_id=run_id)
+        library = Path(about.get("library", LIBRARY))  # journals of older code lack it
+        ids = {"model_id": logged.model_id, "run_id": run_id}
+        save(Path(folder) / "model", weights, about["card"], about["sample"], library, **ids)
         client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
     server = is_server(client.tracking_uri)  # it takes no places of files; a database would look up ids elsewhere
@@ -162,10 +174,11 @@ def save(
     weights: Path,
     card: Mapping[str, Any],
     sample: Mapping[str, Any],
+    library: Path = LIBRARY,  # or a copy of it, as it was when the images were scored
     model_id: str | None = None,
     run_id: str | None = None,
 ) -> None:
-    """Write an MLflow model: this library's code, the weights in safetensors, a signature, an example; no pickle."""
+    """Write an MLflow model: the library's code, the weights in safetensors, a signature, an example; no pickle."""
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
@@ -178,14 +191,14 @@ def save(
         inputs += [ColSpec(Array(integer), "labels", required=False), ColSpec(number, "guidance", required=False)]
     outputs: list[Any] = [ColSpec(Array(text), "images"), ColSpec(text, "format"), ColSpec(integer, "seed")]
     with tempfile.TemporaryDirectory() as scratch:
-        code = shutil.copytree(LIBRARY, Path(scratch) / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
+        code = shutil.copytree(library, Path(scratch) / "diffusion", ignore=shutil.ignore_patterns("__pycache__"))
         files = {"weights": Path(scratch) / "model.safetensors", "card": Path(scratch) / "model.json"}
         shutil.copyfile(weights, files["weights"])
         files["card"].write_text(json.dumps(card, indent=2) + "\n")
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
         mlflow.pyfunc.save_model(
             path=str(folder),
-            python_model=str(LIBRARY / "pyfunc.py"),
+            python_model=str(code / "pyfunc.py"),
             artifacts={key: str(path) for key, path in files.items()},
             code_paths=[str(code)],
             model_config={"sample": dict(sample)},

@@ -96,15 +96,18 @@ def app() -> Any:
     from fastapi.responses import JSONResponse, Response
     from mlflow.pyfunc import load_model, scoring_server
 
-    model = load_model(os.environ[MODEL])
-    server = scoring_server.init(model)
-    num_classes = model.unwrap_python_model().generator.num_classes
+    try:
+        model = load_model(os.environ[MODEL])
+    except UserError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    server, generator = scoring_server.init(model), model.unwrap_python_model().generator
 
     @server.middleware("http")
     async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.url.path == "/invocations" and request.method == "POST":
             length = request.headers.get("content-length", "")
-            if not length.isdecimal():
+            if not length.isdecimal() or "transfer-encoding" in request.headers:  # the latter would win
                 return JSONResponse({"error": "say how long the body is, with Content-Length"}, 411)
             if int(length) > MAX_BODY:
                 return JSONResponse({"error": f"the body is too long: send at most {MAX_BODY} bytes"}, 413)
@@ -113,7 +116,7 @@ def app() -> Any:
             others = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
             request.scope["headers"] = [*others, (b"content-type", b"application/json")]  # MLflow knows this spelling
             try:
-                check(await request.body(), num_classes)
+                check(await request.body(), generator.num_classes, guidable=generator.guidable)
             except UserError as error:
                 return JSONResponse({"error": str(error)}, 400)
         response = await forward(request)
@@ -146,7 +149,7 @@ def sentence(answer: str) -> str:
     return " ".join(str(content).rpartition("Error: ")[2].split())[:200]
 
 
-def check(body: bytes, num_classes: int | None) -> None:
+def check(body: bytes, num_classes: int | None, *, guidable: bool = True) -> None:
     """Whether a body is a request that the model can answer.
 
     Raises:
@@ -159,7 +162,7 @@ def check(body: bytes, num_classes: int | None) -> None:
     if not isinstance(content, dict) or set(content) != {"inputs"}:
         raise UserError('the body must be an object such as {"inputs": {"num_images": 16, "seed": 7}}')
     inputs = content["inputs"]
-    api.parse(inputs, num_classes)
+    api.parse(inputs, num_classes, guidable=guidable)
     for name, value in inputs.items():  # MLflow's schema has neither null nor what the model does not know
         if value is None:
             raise UserError(f"{name} must not be null: leave it out")
