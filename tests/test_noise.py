@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 
-from diffusion.noise import sources, standard_normals
+from diffusion.noise import generators, standard_normals
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,14 @@ def test_no_two_images_have_the_same_noise() -> None:
     """Nor do they correlate. Hashes of these two, cut to the 32 bits that a generator keeps, are equal."""
     images = next(standard_normals(1, [44115, 44116, 44995], (3, 32, 32), CPU)).flatten(1)
     assert images.corrcoef().triu(1).abs().max() < 4 / math.sqrt(3 * 32 * 32)
-    seeds = {source.initial_seed() for source in sources(1, range(100_000))}
+    seeds = {source.initial_seed() for source in generators(1, range(100_000))}
     assert len(seeds) == 100_000
     assert max(seeds) < 2**32
-    assert not seeds & {source.initial_seed() for source in sources(2, range(100_000))}
+    assert not seeds & {source.initial_seed() for source in generators(2, range(100_000))}
 
 
 def test_a_steps_noise_is_the_next_draw_of_the_images_own_generator() -> None:
-    (source,) = sources(3, [5])
+    (source,) = generators(3, [5])
     for step in drawn([5], (3, 32, 32), 4, ahead=2):
         assert step[0].equal(torch.randn((3, 32, 32), generator=source))
 

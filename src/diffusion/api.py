@@ -16,7 +16,7 @@ import torch
 from diffusion import images, sampling
 from diffusion.config import SampleConfig, Seed
 from diffusion.errors import UserError
-from diffusion.export import load_denoiser, read_card
+from diffusion.export import is_guidable, load_denoiser, read_card
 from diffusion.ranges import Range, allowed
 from diffusion.runtime import resolve_device
 
@@ -80,7 +80,7 @@ class Generator:
             UserError: a file is missing, damaged, or does not fit the card; or the device is not on this machine.
         """
         self._device = resolve_device(sample.device)
-        self.guidable = read_card(weights)["config"]["train"]["label_dropout"] > 0  # it knows images without a class
+        self.guidable = is_guidable(read_card(weights))
         self._denoiser = load_denoiser(weights, sample, self._device)
         self._sample, self._turn = sample, threading.Lock()
 

@@ -198,23 +198,21 @@ def _write_outputs(
     strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
     images.save_png(images.strip(strip.numpy(), scale=images.zoom(drawn)), paths.SAMPLES / "denoising.png")
     if labels is not None:
-        knows_none = card["config"]["train"]["label_dropout"] > 0
-        _write_classes(params, denoiser, drawn, labels, device, knows_none=knows_none)
+        _write_classes(drawn, labels)
+        if export.is_guidable(card):
+            _write_guidances(params, denoiser, device, images.zoom(drawn))
 
 
-def _write_classes(
-    params: Params, denoiser: Denoiser, drawn: np.ndarray, labels: Tensor, device: torch.device, *, knows_none: bool
-) -> None:
-    """classes.png, a row a class, and guidance.png, a row an image, a column a guidance.
-
-    Without the latter where the network was never trained without a class, of which guidance makes use.
-    """
-    scale = images.zoom(drawn)
+def _write_classes(drawn: np.ndarray, labels: Tensor) -> None:
+    """classes.png, a row a class."""
     rows = sampling.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
     if len(rows):
-        images.save_png(images.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=scale), paths.SAMPLES / "classes.png")
-    if not knows_none:
-        return
+        picture = images.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=images.zoom(drawn))
+        images.save_png(picture, paths.SAMPLES / "classes.png")
+
+
+def _write_guidances(params: Params, denoiser: Denoiser, device: torch.device, scale: int) -> None:
+    """guidance.png, a row an image, a column a guidance."""
     shown = range(min(SWEEP_IMAGES, params.sample.num_images))
     sweep = sampling.guidance_sweep(denoiser, params.sample, params.seed, shown, device)
     images.save_png(images.strip(sweep.numpy(), scale=scale), paths.SAMPLES / "guidance.png")

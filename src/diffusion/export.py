@@ -43,6 +43,11 @@ def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), config
 
 
+def is_guidable(card: dict[str, Any]) -> bool:
+    """Whether the network of the card was also trained without classes, as guidance asks it."""
+    return bool(card["config"]["train"]["label_dropout"] > 0)
+
+
 def load_denoiser(path: Path | str, config: SampleConfig, device: torch.device) -> Denoiser:
     """What samplers ask, from a model file: on `device`, in the precision and with the clipping that `config` says.
 

@@ -61,9 +61,9 @@ def fit(params: Params) -> None:
             if world.is_main and _shows(trainer) and not _has_previews(trainer):  # it was killed before it drew them
                 _draw_previews(trainer, tracker)
             _loop(trainer, tracker, stop)
+            if world.is_main and not _has_previews(trainer):
+                _draw_previews(trainer, tracker)
             if world.is_main:
-                if not _has_previews(trainer):
-                    _draw_previews(trainer, tracker)
                 _write_outputs(trainer, tracker, data.digest, made_by)
 
 

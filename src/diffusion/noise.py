@@ -32,19 +32,19 @@ def standard_normals(
     The CPU's generators draw for every device, so that all devices see the same numbers. Once a step's noise is asked
     for, which deterministic samplers never do, threads draw that of `ahead` steps while the GPU works on those before.
     """
-    own = sources(seed, indices)
+    sources = generators(seed, indices)
     numbers = math.prod(shape)
     row = math.ceil(numbers / BLOCK) * BLOCK
-    threads = min(8, os.cpu_count() or 1, len(own)) if ahead or device.type == "cuda" else 0
-    steps = ahead or (max(1, min(AHEAD, MOST // (len(own) * row))) if threads else 1)
+    threads = min(8, os.cpu_count() or 1, len(sources)) if ahead or device.type == "cuda" else 0
+    steps = ahead or (max(1, min(AHEAD, MOST // (len(sources) * row))) if threads else 1)
 
     def steps_of(buffer: Tensor) -> Iterator[Tensor]:
         rows = buffer.to(device, non_blocking=True)[:, :, :numbers]
         for step in rows.unbind(1):
-            yield step.reshape(len(own), *shape).contiguous(memory_format=torch.channels_last)
+            yield step.reshape(len(sources), *shape).contiguous(memory_format=torch.channels_last)
 
     with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
-        begin = partial(_begin, own, row, pool, threads, pin=device.type == "cuda")
+        begin = partial(_begin, sources, row, pool, threads, pin=device.type == "cuda")
         yield from steps_of(begin(1)())
         begun = begin(steps)
         while True:
@@ -53,7 +53,7 @@ def standard_normals(
             yield from steps_of(ready)
 
 
-def sources(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """A generator for each image: of a seed, those of the CPU keep 32 bits, of which hashes would repeat some."""
     first = generator(seed, "sample").initial_seed()
     return [torch.Generator().manual_seed((first + i) % 2**32) for i in indices]

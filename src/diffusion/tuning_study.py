@@ -96,10 +96,11 @@ class SharedStudy:
         """Mark trials FAIL whose process is gone, and let them be tried again; the caller is `alone`."""
         import optuna
 
+        here = machine()
         for trial in self.trials("RUNNING"):
             # Of a claim that was cut short there may be no signature: its process let go of the lock by dying.
             whole = set(WHO) <= set(trial.user_attrs)
-            if whole and trial.user_attrs["machine"] != machine():
+            if whole and trial.user_attrs["machine"] != here:
                 continue  # its heart tells
             if whole and is_alive(trial.user_attrs):
                 self.storage.record_heartbeat(trial._trial_id)  # after a suspension its own comes late

@@ -96,9 +96,9 @@ def _do(
     except BaseException as error:
         if is_outage(error):
             raise  # tried again when this process is gone
-        if line_about := outside(error):  # as UserError
+        if remedy := outside(error):  # as UserError
             shared.tell(trial, "FAIL", stopped=True)
-            raise UserError(line_about) from None
+            raise UserError(remedy) from None
         shared.tell(trial, "FAIL", final=True, reason=f"{type(error).__name__}: {error}")
         raise
     else:
