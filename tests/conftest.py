@@ -11,6 +11,7 @@ import pytest
 import torch
 from cifar10_world import world as world  # a fixture
 from filelock import FileLock
+from misbehaving import serve as serve  # a fixture
 from studies import place as place  # a fixture
 
 from diffusion import config, mirror, paths

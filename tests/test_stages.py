@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +21,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
-from diffusion import config, paths, sampling
-from diffusion.parameterization import Denoiser
+from diffusion import config, paths
 
 STAGES = ("download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report")
 RECIPES = ["params.yaml", *(f"params/{p.name}" for p in sorted(REPO.glob("params/*.yaml")))]
@@ -166,58 +164,6 @@ def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_num
     run_all("train")  # the whole of it, in this process
     for name, weight in load_file(paths.MODEL).items():
         np.testing.assert_array_equal(weight, resumed[name])
-
-
-def test_a_training_killed_before_its_only_preview_can_still_finish(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    write_params(**{"train.preview_every": 100})
-    run_all("prepare")
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusion.fit.write_previews", killed)
-        assert run("train").exit_code == 130
-    run_all("train")
-    assert {p.name for p in paths.PREVIEWS.iterdir()} == {"step_000008.png", "step_000008_denoising.png"}
-
-
-def test_a_training_killed_at_a_preview_draws_it_when_it_goes_on(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    write_params(**{"train.preview_every": 4, "train.checkpoint_every": 4})
-    run_all("prepare")
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusion.fit.write_previews", killed)
-        assert run("train").exit_code == 130
-    run_all("train")
-    names = [f"step_{step:06d}{kind}.png" for step in (4, 8) for kind in ("", "_denoising")]
-    assert sorted(p.name for p in paths.PREVIEWS.iterdir()) == sorted(names)
-
-
-def test_previews_take_no_more_memory_than_micro_batches_and_stay_the_same(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    stages = sampling.stages
-
-    def watched(denoiser: Denoiser, how: config.SampleConfig, seed: int, indices: range, *rest: Any) -> torch.Tensor:
-        seen.append(len(indices))
-        return stages(denoiser, how, seed, indices, *rest)
-
-    monkeypatch.setattr(sampling, "stages", watched)
-    pictures = []
-    for micro_batch in (None, 1):
-        write_params(**{"train.micro_batch": micro_batch, "train.preview_images": 5, "train.preview_every": 8})
-        run_all("prepare", "train")
-        pictures.append(np.asarray(Image.open(paths.PREVIEWS / "step_000008.png")).astype(int))
-        shutil.rmtree(paths.RUNS)
-    assert seen == [5, 2, 2, 1]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_a_full_gpu_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

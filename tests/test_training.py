@@ -1,7 +1,6 @@
 import functools
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffusion import augment, checkpoint, training
 from diffusion.config import trained
 from diffusion.data import Dataset
 from diffusion.errors import UserError
-from diffusion.fingerprint import fingerprint
 from diffusion.loss import Loss
 from diffusion.runtime import compiled
 from diffusion.training import Trainer, train
@@ -375,31 +373,3 @@ def test_the_network_sees_augmented_images_and_is_told_what_was_done(
     for _ in range(2):  # the head and the blocks' last convolutions begin at zero and let no gradient through
         trainer.step()
     assert trainer.net.augment_embedding.weight.grad.ne(0).any()  # type: ignore[union-attr]
-
-
-def test_the_fingerprint_changes_with_params_data_and_code(
-    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = trained(tiny())
-    names = {
-        fingerprint(config, "a"),
-        fingerprint(config, "b"),
-        fingerprint(trained(tiny(**{"train.lr": 0.1})), "a"),
-        fingerprint(trained(tiny(seed=1)), "a"),
-    }
-    assert fingerprint(config, "a") in names
-    monkeypatch.setattr("diffusion.fingerprint.code_digest", lambda _: "edited")
-    names.add(fingerprint(config, "a"))
-    assert len(names) == 5
-    for same_training in ("sample.num_images", "train.processes", "train.micro_batch"):
-        assert fingerprint(trained(tiny(**{same_training: 3})), "a") == fingerprint(config, "a")
-    assert fingerprint(trained(tiny(**{"train.compile": "on"})), "a") == fingerprint(config, "a")
-
-
-def test_another_split_of_the_same_images_is_other_data(tiny_data) -> None:
-    """Else a changed data.val_images would find the old training finished, or go on with it on other images."""
-    moved = replace(tiny_data, train=tiny_data.train[1:], val=torch.cat([tiny_data.train[:1], tiny_data.val]))
-    swapped = replace(tiny_data, train=tiny_data.val, val=tiny_data.train)
-    relabelled = replace(tiny_data, digest="other labels")
-    assert len({data.identity for data in (tiny_data, moved, swapped, relabelled)}) == 4
-    assert replace(tiny_data, train=tiny_data.train.clone()).identity == tiny_data.identity

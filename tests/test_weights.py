@@ -11,16 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import test_fetch
 import torch
 from conftest import REPO
-from test_fetch import CONTENT, SHA256, Server, cut_after, fine, status
+from misbehaving import CONTENT, SHA256, Server, cut_after, fine, status
 
 from diffusion import paths, weights
 from diffusion.errors import UserError
 from diffusion.weights import WeightsUnavailableError, find_inception_weights, write_card
-
-serve = test_fetch.serve
 
 
 @pytest.fixture

@@ -1,0 +1,92 @@
+"""Where a study is kept: which stores will do, and what becomes of one that goes away."""
+
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from studies import TUNE, name_of, states, table
+
+from diffusion import config, paths, tuning
+from diffusion.errors import UserError
+from diffusion.tuning_store import storage_url
+from diffusion.tuning_study import SharedStudy
+
+
+def test_the_store_is_in_wal_mode_with_heartbeats(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.tuning_study.HEARTBEAT_SECONDS", 0.02)
+    params = tiny(**TUNE)
+    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    trial = shared.claim()
+    with sqlite3.connect(paths.OPTUNA_DB) as database:
+        assert database.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+
+        def beats() -> list[tuple[int, str]]:
+            return database.execute("SELECT trial_id, heartbeat FROM trial_heartbeats").fetchall()
+
+        assert [beat[0] for beat in beats()] == [trial._trial_id], "there is none before the work begins"
+        database.execute("UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'")
+        database.commit()
+        with shared.beating(trial):
+            for _ in range(5000):
+                if beats()[0][1] > "2001":
+                    break
+                time.sleep(0.02)
+        assert beats()[0][1] > "2001"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variable", "words"),
+    [
+        ({"tune.workers": 5}, "", ["tune.workers = 5", "more than 4", "postgresql://"]),
+        ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://me:***@host/db", "neither", "postgresql://"]),
+        ({}, "redis://host", ["OPTUNA_STORAGE = redis://host", "neither"]),
+        ({}, "sqlite://", ["OPTUNA_STORAGE = sqlite://", "names no file"]),
+        ({"tune.storage": "sqlite:///:memory:"}, "", ["tune.storage = sqlite:", "names no file"]),
+        ({"tune.storage": "a secret place"}, "", ["tune.storage = what is no URL", "postgresql://"]),
+        ({"tune.storage": "mysql://me:se/secret@host/db?password=secret"}, "", ["mysql://me:***@host/db is neither"]),
+    ],
+    ids=str,
+)
+def test_a_store_that_will_not_do_is_refused(
+    overrides: dict[str, Any],
+    variable: str,
+    words: list[str],
+    tiny: Callable[..., config.Params],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPTUNA_STORAGE", variable)
+    with pytest.raises(UserError) as caught:
+        storage_url(tiny(**overrides).tune)
+    for word in words:
+        assert word in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_is_no_database_is_one_line(place: Path, tiny: Callable[..., config.Params]) -> None:
+    paths.OPTUNA_DB.parent.mkdir()
+    paths.OPTUNA_DB.write_text("no database " * 100)
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        tuning.tune(tiny(**TUNE))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise optuna.exceptions.StorageInternalError("the server closed\nthe connection")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.trial.Trial, "report", away)
+        with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
+            tuning.tune(tiny(**TUNE))
+    assert states() == ["RUNNING"]
+    monkeypatch.setattr("diffusion.tuning_study.is_alive", lambda tags: False)
+    tuning.tune(tiny(**TUNE))
+    assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]
