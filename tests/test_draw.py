@@ -20,7 +20,7 @@ from PIL import Image
 from test_stages import run, run_all, start, write_params
 from worlds import in_world
 
-from diffusion import config, draw, export, judge, paths, reference, sampling, tracking
+from diffusion import config, draw, judge, paths, reference, sampling, tracking
 from diffusion.distributed import World
 from diffusion.parts import Parts
 from diffusion.provenance import import_closure
@@ -151,8 +151,11 @@ def test_who_draws_other_samples_here_is_kept_out_too(trained: Path) -> None:
     assert "is sampling here" in result.output
 
 
-def test_the_networks_code_is_part_of_what_images_depend_on() -> None:
-    names = {path.name for module in (sampling, export) for path in import_closure(Path(str(module.__file__)))}
+def test_the_networks_code_is_part_of_what_images_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts: list[Path] = []
+    monkeypatch.setattr(draw, "code_digest", lambda script: scripts.append(script) or "digest")
+    draw._code()
+    names = {path.name for script in scripts for path in import_closure(script)}
     assert names >= {"unet.py", "layers.py", "samplers.py", "schedules.py", "noise.py", "parameterization.py"}
 
 

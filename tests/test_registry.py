@@ -181,6 +181,17 @@ def test_the_logged_model_draws_what_the_library_draws(
     assert model.metadata.signature.inputs.input_names() == ["num_images", "seed", "format"]
 
 
+def test_a_model_that_was_sampled_on_another_device_draws_on_what_is_here(tmp_path: Path) -> None:
+    import mlflow.pyfunc
+
+    params = params_of()
+    weights = write_model(tmp_path / "models", params)
+    elsewhere = {**config.to_dict(params.sample), "device": "mps"}
+    registry.save(tmp_path / "logged", weights, read_card(weights), elsewhere)
+    answer = mlflow.pyfunc.load_model(str(tmp_path / "logged")).predict({"num_images": 2, "seed": 3, "format": "raw"})
+    assert np.array(answer["images"]).shape == (2, 32, 32, 3)
+
+
 class TestThroughTheJournal:
     def test_what_is_sent_later_has_the_code_that_drew(self, database: Path, tmp_path: Path) -> None:
         """Not that of the day on which the server is back."""

@@ -251,6 +251,20 @@ def test_a_model_that_always_knew_the_class_is_not_guided(tmp_path: Path) -> Non
         assert api.Generator(weights, params.sample).guidable == (share > 0)
 
 
+def test_a_model_that_cannot_be_loaded_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(_: str) -> None:
+        raise UserError("model.safetensors cannot be used")
+
+    monkeypatch.setenv(serving.MODEL, "somewhere")
+    monkeypatch.setattr("mlflow.pyfunc.load_model", damaged)
+    with pytest.raises(SystemExit) as caught:
+        serving.app()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: model.safetensors cannot be used\n"
+
+
 def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_yaml(params_of(), tmp_path / "params.yaml")
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}", "PYTHONPATH": str(REPO / "src")}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
+from optuna.exceptions import StorageInternalError
 from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, studies, table, write_reference
 
 from diffusion import config, paths, training, tuning, tuning_trial
@@ -264,6 +265,22 @@ def test_machines_that_begin_together_have_one_run(
     with ThreadPoolExecutor() as pool:
         assert [run_id for _, run_id in pool.map(tuning._study_run, machines)] == ["run 0", "run 0"]
     assert created == ["run 0", "run 0"]
+
+
+def test_a_store_that_is_away_for_a_moment_is_the_workers_to_notice() -> None:
+    """The process that waits for them looks again; a bug of its own ends the search."""
+
+    class Away:
+        def update(self) -> None:
+            raise StorageInternalError("the server closed the connection")
+
+    class Broken:
+        def update(self) -> None:
+            raise ZeroDivisionError
+
+    assert tuning.look(Away()) == 0
+    with pytest.raises(ZeroDivisionError):
+        tuning.look(Broken())
 
 
 def test_a_present_setting_outside_the_space_is_said(
