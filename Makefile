@@ -30,22 +30,22 @@ tune: setup  ## search learning rate and schedules with Optuna: make tune [STORA
 	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m stages.tune
 
 tune-apply: setup  ## write what the search found into params.yaml and show the difference
-	@$(BIN)/python -m diffusion.tuning_apply
+	@$(BIN)/python -m diffusion tune-apply
 
 tune-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
-	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion.tuning_dashboard --port $(PORT)
+	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion tune-report --port $(PORT)
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
-	@$(BIN)/python -m diffusion.ui --port $(PORT)
+	@$(BIN)/python -m diffusion ui --port $(PORT)
 
 sync: setup  ## send MLflow what it missed while it was away
-	@$(BIN)/python -m diffusion.sync
+	@$(BIN)/python -m diffusion sync
 
 serve: setup  ## answer HTTP requests with the champion: make serve [PORT=5001]
-	@$(BIN)/python -m diffusion.serving $(if $(filter command line environment,$(origin PORT)),--port $(PORT))
+	@$(BIN)/python -m diffusion serve $(if $(filter command line environment,$(origin PORT)),--port $(PORT))
 
 promote: setup  ## list the registered models; make promote VERSION=n makes that one the champion
-	@$(BIN)/python -m diffusion.registry $(VERSION)
+	@$(BIN)/python -m diffusion promote $(VERSION)
 
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report

@@ -16,15 +16,15 @@ from laptop_quality import REFERENCE
 from machine import report
 from torch import Tensor, nn
 
-from diffusion import sampling
 from diffusion.config import load, trained
-from diffusion.data import Dataset, real_images
-from diffusion.extraction import features_of_batch
-from diffusion.features import EfficientNetLite0
+from diffusion.data.dataset import Dataset, real_images
 from diffusion.metrics import Moments
+from diffusion.metrics.extraction import features_of_batch
+from diffusion.metrics.features import EfficientNetLite0
 from diffusion.paths import CIFAR10_TEST, TRAIN_LABELS
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import Trainer, train
+from diffusion.sampling import generation, panels
+from diffusion.training.loop import Trainer, train
 
 RECIPE = "params/conditional.yaml"
 TEST_IMAGES = 2000
@@ -46,10 +46,10 @@ def main(samples: int, steps: int | None) -> None:
                 click.echo(f"step {record.step} of {params.train.steps}", err=True)
     trainer.ema.net.load_state_dict(trainer.best)
     result: dict[str, Any] = {}
-    for guidance in sampling.GUIDANCES:
+    for guidance in panels.GUIDANCES:
         config = dataclasses.replace(params.sample, guidance=guidance)
-        drawn = torch.cat([*sampling.generate(trainer.denoiser(), config, params.seed, range(samples), device)])
-        labels = sampling.labels_of(config, params.model.num_classes, range(samples))
+        drawn = torch.cat([*generation.generate(trainer.denoiser(), config, params.seed, range(samples), device)])
+        labels = generation.labels_of(config, params.model.num_classes, range(samples))
         assert labels is not None
         result[f"guidance {guidance:g}"] = judge(drawn, labels)
         click.echo(f"guidance {guidance:g}: {result[f'guidance {guidance:g}']}", err=True)

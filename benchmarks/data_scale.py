@@ -21,9 +21,9 @@ from machine import report
 from turns import compete
 
 from diffusion.config import load, trained
-from diffusion.data import Batches, Dataset
+from diffusion.data.dataset import Batches, Dataset
 from diffusion.runtime import keep_freed_memory
-from diffusion.training import Trainer
+from diffusion.training.loop import Trainer
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from machine import report
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.data import real_images
-from diffusion.extraction import features_of
-from diffusion.features import Inception
+from diffusion.data.dataset import real_images
+from diffusion.metrics.extraction import features_of
+from diffusion.metrics.features import Inception
 from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
 
 CPU, BATCH = torch.device("cpu"), 64

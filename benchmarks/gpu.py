@@ -24,7 +24,8 @@ from gpu_quality import Task, sample_and_score, train_to_deadline
 from gpu_session import WEIGHTS, Session, Stopped, stop_on_signals
 from gpu_speed import measure_machine, measure_sampling, measure_training
 
-from diffusion.data import Dataset, digest, load_images, split
+from diffusion.data.dataset import Dataset, digest, split
+from diffusion.data.npz import load_images
 from diffusion.errors import UserError
 from diffusion.runtime import keep_freed_memory, resolve_device
 

@@ -17,18 +17,19 @@ from gpu_session import Part
 from gpu_speed import release, with_compile
 from rates import synchronize
 
-from diffusion import images, sampling
 from diffusion.config import Params, TrainedConfig, to_dict, trained
-from diffusion.data import Dataset
-from diffusion.export import load_model, save_model
-from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.fingerprint import fingerprint
+from diffusion.data import grids
+from diffusion.data.dataset import Dataset
 from diffusion.metrics import Moments
+from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.names import metric_name
-from diffusion.parameterization import Denoiser
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.model_file import load_model, save_model
+from diffusion.model.schedules import configured_schedule
 from diffusion.runtime import resolve_precision
-from diffusion.schedules import configured_schedule
-from diffusion.training import MAX_BAD_STEPS, Trainer
+from diffusion.sampling import generation
+from diffusion.training.identity import fingerprint
+from diffusion.training.loop import MAX_BAD_STEPS, Trainer
 
 UNTIL_FITTED = 10**9  # steps; the warm-up, which the first seconds are, does not depend on their number
 FIT_SECONDS = 5.0  # between two looks at the clock
@@ -213,7 +214,7 @@ def _draw(part: Part, task: Task, denoiser: Denoiser, drawn: list[np.ndarray], c
     """Extend `drawn` to `count` images, fewer if the time runs out; images a second without the first batch."""
     start, begun, begin = time.monotonic(), time.monotonic(), sum(map(len, drawn))
     done = 0
-    for batch in sampling.generate(denoiser, task.params.sample, task.params.seed, range(begin, count), task.device):
+    for batch in generation.generate(denoiser, task.params.sample, task.params.seed, range(begin, count), task.device):
         drawn.append(batch.numpy())
         if not done:
             begun = time.monotonic()  # the first batch compiles
@@ -240,7 +241,7 @@ def _write_samples(part: Part, task: Task, drawn: np.ndarray) -> None:
     for start in small:
         np.savez(task.folder / f"images_{start:05d}.npz", images=drawn[start : start + IMAGES_A_FILE])
     np.savez(task.folder / "large/images.npz", images=drawn)
-    images.save_png(images.grid(drawn[:100], columns=10, scale=2), task.folder / "grid.png")
+    grids.save_png(grids.grid(drawn[:100], columns=10, scale=2), task.folder / "grid.png")
     part.keep(images=len(drawn))
 
 

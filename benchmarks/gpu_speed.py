@@ -21,13 +21,13 @@ from gpu_session import Part
 from machine import machine
 from rates import conv_rate, forward_flops, matmul_rate, synchronize, timed
 
-from diffusion import sampling
 from diffusion.config import Params, trained
-from diffusion.data import Dataset
-from diffusion.parameterization import Denoiser
-from diffusion.schedules import configured_schedule
-from diffusion.training import Trainer
-from diffusion.unet import UNet
+from diffusion.data.dataset import Dataset
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
+from diffusion.sampling import generation
+from diffusion.training.loop import Trainer
 
 TURNS = 5
 TURN_SECONDS = 1.0  # of a contestant's turn, at least
@@ -180,7 +180,7 @@ def _our_sampling(
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)
     config = dataclasses.replace(params.sample, sampler="ddim", eta=0.0, steps=EVALUATIONS)
     images = range(config.batch_size or SAMPLING_BATCH)
-    return lambda: _ignore(list(sampling.generate(denoiser, config, 0, images, device)))
+    return lambda: _ignore(list(generation.generate(denoiser, config, 0, images, device)))
 
 
 def _diffusers_sampling(params: Params, batch_size: int, device: torch.device, dtype: torch.dtype) -> peers.Step:

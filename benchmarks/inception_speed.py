@@ -21,10 +21,10 @@ from torch import Tensor
 from turns import compete
 
 from diffusion.config import load
-from diffusion.data import real_images
-from diffusion.extraction import features_of, moments_of
-from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.image_files import load_samples
+from diffusion.data.dataset import real_images
+from diffusion.data.image_sets import load_samples
+from diffusion.metrics.extraction import features_of, moments_of
+from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.selftest import random_weights
 from diffusion.runtime import keep_freed_memory
 

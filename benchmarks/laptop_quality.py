@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from machine import report
 
-from diffusion import images, sampling
 from diffusion.config import Params, load, trained
-from diffusion.data import Dataset, real_images
-from diffusion.extraction import moments_of
-from diffusion.features import EfficientNetLite0
-from diffusion.reference import make_reference
+from diffusion.data import grids
+from diffusion.data.dataset import Dataset, real_images
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import Trainer, train
+from diffusion.sampling import generation
+from diffusion.training.loop import Trainer, train
 
 SAMPLES = 2000
 REFERENCE = 10_000
@@ -44,7 +45,7 @@ def main(seconds: float, path: str, grid: Path | None) -> None:
     samples = draw(trainer, params)
     sample_seconds = time.perf_counter() - start
     if grid:
-        images.save_png(images.grid(samples[:64], columns=8, scale=3), grid)
+        grids.save_png(grids.grid(samples[:64], columns=8, scale=3), grid)
     result = {
         "fd_lite0": round(score(samples, params), 1),
         "samples": SAMPLES,
@@ -88,7 +89,7 @@ def steps_per_second(trainer: Trainer) -> float:
 
 def draw(trainer: Trainer, params: Params) -> np.ndarray:
     """uint8 (SAMPLES, 32, 32, 3) from the EMA weights, as the sample stage makes them."""
-    batches = sampling.generate(trainer.denoiser(), params.sample, params.seed, range(SAMPLES), trainer.device)
+    batches = generation.generate(trainer.denoiser(), params.sample, params.seed, range(SAMPLES), trainer.device)
     return np.concatenate([batch.numpy() for batch in batches])
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from machine import report
 
 from diffusion.config import load, trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import Trainer
+from diffusion.training.loop import Trainer
 
 ROUNDS = 3
 STEPS = 25

@@ -9,7 +9,7 @@ import dataclasses
 import torch
 
 from diffusion.config import ModelConfig, Params, load
-from diffusion.data import Dataset, real_images
+from diffusion.data.dataset import Dataset, real_images
 from diffusion.paths import TRAIN_IMAGES
 
 LUCIDRAINS = (32, (1, 2, 3))  # dim, dim_mults

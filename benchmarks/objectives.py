@@ -20,9 +20,9 @@ from machine import RESULTS, report
 from solvers import Scorer, configured
 
 from diffusion.config import flat, load, trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.runtime import keep_freed_memory
-from diffusion.training import Trainer, train
+from diffusion.training.loop import Trainer, train
 
 CPU = torch.device("cpu")
 SAMPLES = 2000

@@ -41,21 +41,24 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
-    from diffusion import config, data, fit, training
+    from diffusion import config
+    from diffusion.data import dataset
+    from diffusion.pipeline import train
+    from diffusion.training import loop
 
     full = config.load("params.yaml").train
     steps = full.steps // SHARE
     every = {f"train.{key}": max(1, getattr(full, key) // SHARE) for key in PERIODS.values()}
     params = config.load("params.yaml", {"train.steps": steps, **every})
     clock = Clock()
-    clock.watch(training.Trainer, "step")
-    clock.watch(data.Batches, "__call__", "data")
-    clock.watch(training.Trainer, "validate", "validation")
-    clock.watch(training.Trainer, "save", "checkpoints")
-    clock.watch(fit, "write_previews", "previews")
-    clock.watch(fit, "_open_run", "tracking: start")
-    clock.watch(fit, "_show", "tracking: bar, metrics, curves")
-    fit.fit(params)
+    clock.watch(loop.Trainer, "step")
+    clock.watch(dataset.Batches, "__call__", "data")
+    clock.watch(loop.Trainer, "validate", "validation")
+    clock.watch(loop.Trainer, "save", "checkpoints")
+    clock.watch(train, "write_previews", "previews")
+    clock.watch(train, "_open_run", "tracking: start")
+    clock.watch(train, "_show", "tracking: bar, metrics, curves")
+    train.fit(params)
     return shares(clock, steps, full)
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.config import ModelConfig, TrainConfig
-from diffusion.data import Batches, Dataset
-from diffusion.schedules import make_schedule
-from diffusion.unet import UNet
+from diffusion.data.dataset import Batches, Dataset
+from diffusion.model.schedules import make_schedule
+from diffusion.model.unet import UNet
 
 Step = Callable[[], None]
 
@@ -66,7 +66,7 @@ def diffusers_unet(model: ModelConfig) -> Any:
     """
     from diffusers import UNet2DModel
 
-    from diffusion.interchange import unet_config
+    from diffusion.model.diffusers_format import unet_config
 
     return UNet2DModel.from_config(unet_config(model))
 

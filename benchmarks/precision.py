@@ -14,9 +14,9 @@ from machine import report
 from turns import compete
 
 from diffusion.config import load, trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.runtime import keep_freed_memory, resolve_precision
-from diffusion.training import Trainer
+from diffusion.training.loop import Trainer
 
 CPU = torch.device("cpu")
 

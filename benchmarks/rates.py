@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.config import ModelConfig
-from diffusion.unet import UNet
+from diffusion.model.unet import UNet
 
 TURNS = 5
 

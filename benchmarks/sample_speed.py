@@ -14,12 +14,12 @@ import torch
 from machine import report
 from turns import compete
 
-from diffusion import sampling
 from diffusion.config import load
-from diffusion.parameterization import Denoiser
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
 from diffusion.runtime import keep_freed_memory, resolve_precision
-from diffusion.schedules import configured_schedule
-from diffusion.unet import UNet
+from diffusion.sampling import generation
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def our_sampling(batch_size: int, steps: int) -> Callable[[], object]:
     config = load(
         matched.RECIPE, {"sample.sampler": "ddim", "sample.steps": steps, "sample.batch_size": batch_size}
     ).sample
-    return lambda: list(sampling.generate(denoiser, config, 0, range(batch_size), CPU))
+    return lambda: list(generation.generate(denoiser, config, 0, range(batch_size), CPU))
 
 
 def diffusers_sampling(

@@ -18,15 +18,17 @@ import torch
 from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
-from diffusion import diagrams, figures, paths, sampling
+from diffusion import paths
 from diffusion.config import Params, SampleConfig, load, trained_from_dict
-from diffusion.export import load_denoiser, read_card
-from diffusion.extraction import moments_of
-from diffusion.features import EfficientNetLite0
-from diffusion.parameterization import Denoiser
-from diffusion.reference import Reference
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import Reference
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.report import diagrams, figures
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.samplers import evaluations
+from diffusion.sampling import generation
+from diffusion.sampling.samplers import evaluations
 
 EVALUATIONS = (5, 10, 15, 20, 50, 100)
 FEW = 20  # evaluations of the comparison of spacings
@@ -111,7 +113,7 @@ class Scorer:
         self.reference = Reference.load(file, described, split="train", images=REFERENCE)  # whatever params.yaml says
 
     def __call__(self, denoiser: Denoiser, config: SampleConfig, indices: range) -> float:
-        drawn = sampling.generate(denoiser, config, self.params.seed, indices, self.device)
+        drawn = generation.generate(denoiser, config, self.params.seed, indices, self.device)
         images = np.concatenate([batch.numpy() for batch in drawn])
         found = moments_of(images, self.extractor, self.params.evaluate.batch_size, self.device, "fd_lite0")
         return found.distance(self.reference)

@@ -97,22 +97,25 @@ def wait_for(address: str) -> None:
 
 def measure(steps: int) -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
-    from diffusion import config, fit, mirror, training
+    from diffusion import config
+    from diffusion.pipeline import train
+    from diffusion.tracking import mlflow_tracker
+    from diffusion.training import loop
 
     full = config.load("params.yaml").train
     steps = steps or full.steps // SHARE
     every = {f"train.{key}": max(1, getattr(full, key) * steps // full.steps) for key in PERIODS.values()}
     params = config.load("params.yaml", {"train.steps": steps, **every})
     clock = Clock()
-    clock.watch(training.Trainer, "step")
-    clock.watch(training.Trainer, "validate", "validation")
-    clock.watch(training.Trainer, "save", "checkpoints")
-    clock.watch(fit, "write_previews", "previews")
-    clock.watch(fit, "_open_run", "start")
-    clock.watch(fit, "_show", "metrics and curves")
-    clock.watch(mirror.JournalledTracker, "finish", "close")
-    background = watch_thread(mirror.MlflowTracker)
-    fit.fit(params)
+    clock.watch(loop.Trainer, "step")
+    clock.watch(loop.Trainer, "validate", "validation")
+    clock.watch(loop.Trainer, "save", "checkpoints")
+    clock.watch(train, "write_previews", "previews")
+    clock.watch(train, "_open_run", "start")
+    clock.watch(train, "_show", "metrics and curves")
+    clock.watch(mlflow_tracker.JournalledTracker, "finish", "close")
+    background = watch_thread(mlflow_tracker.MlflowTracker)
+    train.fit(params)
     return shares(clock, background[0], steps, full)
 
 
@@ -149,11 +152,12 @@ def shares(clock: Clock, background: float, steps: int, full: Any) -> dict[str, 
 
 def seconds_of_points() -> float:
     """From the first of POINTS points until the store has all of them, which is proved."""
-    from diffusion import paths, tracking
+    from diffusion import paths
     from diffusion.config import TrackingConfig
+    from diffusion.tracking import runs
 
     folder = paths.RUNS / "points"
-    tracker = tracking.open_run(TrackingConfig(True, "points"), name="points", run_folder=folder)
+    tracker = runs.open_run(TrackingConfig(True, "points"), name="points", run_folder=folder)
     start = time.perf_counter()
     for step in range(POINTS // KEYS):
         tracker.metrics({f"key {i}": step + i / KEYS for i in range(KEYS)}, step)

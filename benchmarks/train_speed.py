@@ -24,7 +24,7 @@ from turns import compete
 
 from diffusion.config import trained
 from diffusion.runtime import keep_freed_memory
-from diffusion.training import Trainer
+from diffusion.training.loop import Trainer
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,7 @@ def main(batch_size: int, turns: int, seconds: float) -> None:
 
 def networks(batch_size: int) -> dict[str, dict[str, float]]:
     """Parameters in millions and GFLOP of a forward pass, an image."""
-    from diffusion.unet import UNet
+    from diffusion.model.unet import UNet
 
     nets: dict[str, Callable[[], Any]] = {
         "ours": lambda: UNet(matched.params(batch_size).model),

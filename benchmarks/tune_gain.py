@@ -20,7 +20,7 @@ from objectives import DDIM, quality
 from diffusion import paths
 from diffusion.config import flat, load, trained
 from diffusion.runtime import keep_freed_memory
-from diffusion.tuning_apply import read_best
+from diffusion.tuning.apply import read_best
 
 FIRST_SEED = 1000  # none that a study has seen
 FINAL = "ddim-20 trailing"

@@ -47,46 +47,35 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
-    from diffusion import (
-        config,
-        journal,
-        mirror,
-        tracking,
-        training,
-        tuning,
-        tuning_report,
-        tuning_store,
-        tuning_study,
-        tuning_trial,
-        tuning_worker,
-    )
+    from diffusion import config
+    from diffusion.tracking import journal, mlflow_tracker, runs
+    from diffusion.training import loop
+    from diffusion.tuning import report, search, store, study, trial, worker
 
     full = config.load("params.yaml")
     images, log_every = full.tune.images_per_trial // SHARE, max(1, full.train.log_every // SHARE)
     overrides = {"tune.images_per_trial": images, "train.log_every": log_every, "tune.trials": TRIALS}
     params = config.load("params.yaml", overrides)
     clock = Clock()
-    clock.watch(tuning_study.SharedStudy, "claim")
-    clock.watch(tuning_study.SharedStudy, "tell")
-    clock.watch(tuning_worker, "_attempt", "suggest")
-    clock.watch(tuning_trial.Attempt, "report")
-    clock.watch(tuning_trial.Line, "show", "line")
-    clock.watch(tracking, "open_run", "tracking: open")
+    clock.watch(study.SharedStudy, "claim")
+    clock.watch(study.SharedStudy, "tell")
+    clock.watch(worker, "_attempt", "suggest")
+    clock.watch(trial.Attempt, "report")
+    clock.watch(trial.Line, "show", "line")
+    clock.watch(runs, "open_run", "tracking: open")
     clock.watch(journal.NullTracker, "_emit", "tracking: events")
-    clock.watch(mirror.JournalledTracker, "finish", "tracking: close")
-    clock.watch(training.Trainer, "step")
-    clock.watch(tuning_trial, "common_error")
+    clock.watch(mlflow_tracker.JournalledTracker, "finish", "tracking: close")
+    clock.watch(loop.Trainer, "step")
+    clock.watch(trial, "common_error")
     marks = [mark(clock)]
-    job = tuning_worker.Job(
-        "0" * 16, params, tuning_store.storage_url(params.tune), run_id=None, prepare=tuning_trial.Trainings
-    )
-    tuning_worker.work(job, 0, lambda: False, after=lambda: marks.append(mark(clock)))
-    ledger = tuning_report.Ledger(tuning_study.SharedStudy(job.study, params, job.url), journal.NullTracker())
+    job = worker.Job("0" * 16, params, store.storage_url(params.tune), run_id=None, prepare=trial.Trainings)
+    worker.work(job, 0, lambda: False, after=lambda: marks.append(mark(clock)))
+    ledger = report.Ledger(study.SharedStudy(job.study, params, job.url), journal.NullTracker())
     start = time.perf_counter()
     for _ in range(LOOKS):
-        tuning.look(ledger)
+        search.look(ledger)
     look = (time.perf_counter() - start) / LOOKS
-    return shares(marks[1], marks[-1], TRIALS - 1, look / tuning.LEDGER_SECONDS)
+    return shares(marks[1], marks[-1], TRIALS - 1, look / search.LEDGER_SECONDS)
 
 
 def mark(clock: Clock) -> dict[str, float]:

@@ -28,14 +28,14 @@ from solvers import Scorer
 
 from diffusion import paths
 from diffusion.config import Params, flat, load, trained
-from diffusion.data import Dataset
-from diffusion.features import EfficientNetLite0
+from diffusion.data.dataset import Dataset
+from diffusion.metrics.features import EfficientNetLite0
 from diffusion.runtime import keep_freed_memory
-from diffusion.training import Trainer, train
-from diffusion.tuning import study_name
-from diffusion.tuning_objective import common_error, draw, load_reference, score
-from diffusion.tuning_space import LR_HORIZON, trial_config
-from diffusion.tuning_study import SharedStudy
+from diffusion.training.loop import Trainer, train
+from diffusion.tuning.objective import common_error, draw, load_reference, score
+from diffusion.tuning.search import study_name
+from diffusion.tuning.space import LR_HORIZON, trial_config
+from diffusion.tuning.study import SharedStudy
 
 CPU = torch.device("cpu")
 KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")

@@ -1,5 +1,5 @@
-from diffusion import cifar10
 from diffusion.config import Params
+from diffusion.data.download import cifar10
 from stages import stage
 
 

@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.judge import judge
+from diffusion.pipeline.evaluate import judge
 from stages import arguments, stage
 
 

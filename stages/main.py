@@ -1,7 +1,7 @@
 import sys
 
 from diffusion.config import Params
-from diffusion.pipeline import reproduce
+from diffusion.pipeline.experiment import reproduce
 from stages import stage
 
 

@@ -1,5 +1,5 @@
-from diffusion import prepare
 from diffusion.config import Params
+from diffusion.pipeline import prepare
 from stages import stage
 
 

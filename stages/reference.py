@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.reference import write_references
+from diffusion.pipeline.reference import write_references
 from stages import arguments, stage
 
 

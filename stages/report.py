@@ -1,5 +1,5 @@
 from diffusion.config import Params
-from diffusion.report import report
+from diffusion.pipeline.report import report
 from stages import stage
 
 

@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.draw import draw
+from diffusion.pipeline.sample import draw
 from stages import arguments, stage
 
 

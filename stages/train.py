@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.fit import fit
+from diffusion.pipeline.train import fit
 from stages import arguments, stage
 
 

@@ -1,5 +1,5 @@
 from diffusion.config import Params
-from diffusion.tuning import tune
+from diffusion.tuning.search import tune
 from stages import stage
 
 

@@ -1,5 +1,5 @@
 from diffusion.config import Params
-from diffusion.weights import write_card
+from diffusion.pipeline.weights import write_card
 from stages import stage
 
 

@@ -9,47 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cifar10_world import world as world  # a fixture
 from filelock import FileLock
-from misbehaving import serve as serve  # a fixture
-from studies import place as place  # a fixture
+from helpers.cifar10_world import world as world  # a fixture
+from helpers.misbehaving import serve as serve  # a fixture
+from helpers.project import REPO, TINY
+from helpers.studies import place as place  # a fixture
 
-from diffusion import config, mirror, paths
-from diffusion.data import Dataset
-
-REPO = Path(__file__).parent.parent
-
-# Every recipe, shrunk: the same code paths in seconds.
-TINY = {
-    "model.channels": 16,
-    "model.multipliers": [1, 2],
-    "model.num_blocks": 1,
-    "model.attention_resolutions": [16],  # of the last level, or with a patch stem the first
-    "model.head_channels": 16,
-    "model.norm_groups": 4,
-    "diffusion.num_steps": 50,
-    "train.steps": 8,
-    "train.batch_size": 4,
-    "train.warmup_steps": 2,
-    "train.log_every": 2,
-    "train.validate_every": 4,
-    "train.preview_every": 4,
-    "train.preview_images": 4,
-    "train.preview_steps": 3,
-    "train.checkpoint_every": 3,
-    "train.device": "cpu",
-    "train.precision": "fp32",
-    "sample.steps": 4,
-    "sample.num_images": 12,
-    "sample.batch_size": 5,
-    "sample.device": "cpu",
-    "sample.precision": "fp32",
-    "evaluate.reference_images": 20,
-    "evaluate.inception": "off",
-    "evaluate.batch_size": 10,
-    "evaluate.device": "cpu",
-    "data.val_images": 20,
-}
+from diffusion import config, paths
+from diffusion.data.dataset import Dataset
+from diffusion.tracking import mlflow_tracker
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -124,5 +92,5 @@ def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copyfile(empty_database, path)
     monkeypatch.setattr(paths, "MLFLOW_DB", path)
     monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
-    monkeypatch.setattr(mirror, "GATHER_SECONDS", 0.02)
+    monkeypatch.setattr(mlflow_tracker, "GATHER_SECONDS", 0.02)
     return path

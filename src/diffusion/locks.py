@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from diffusion import paths
 from diffusion.errors import UserError
 
 
@@ -31,4 +32,16 @@ def only_process(lock: Path, work: str, *, wait: bool = False) -> Iterator[None]
         held.acquire()
     with held:
         owner.write_text(f"{os.getpid()}\n")
+        yield
+
+
+@contextlib.contextmanager
+def only_trainer(folder: Path) -> Iterator[None]:
+    """Keep a second trainer out of this run and of this workspace: a killed `dvc` leaves its stage running.
+
+    Raises:
+        UserError: another process holds one of the two locks.
+    """
+    work = "is training here"
+    with only_process(folder / "lock", work), only_process(paths.TRAIN_LOCK, work):
         yield

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO
+from helpers.project import REPO
 from torch import nn
 
 from diffusion import config
-from diffusion.samplers import evaluations
-from diffusion.schedules import make_schedule
-from diffusion.unet import UNet
+from diffusion.model.schedules import make_schedule
+from diffusion.model.unet import UNet
+from diffusion.sampling.samplers import evaluations
 
 
 @pytest.fixture

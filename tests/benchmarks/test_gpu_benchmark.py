@@ -17,22 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY
+from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 from torch import nn
 
-from diffusion import config, sampling
-from diffusion.data import Dataset
+from diffusion import config
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.export import load_model
-from diffusion.extraction import moments_of
-from diffusion.features import EfficientNetLite0
 from diffusion.metrics import frechet_distance
-from diffusion.optim import learning_rate
-from diffusion.parameterization import Denoiser
-from diffusion.reference import make_reference
-from diffusion.schedules import make_schedule
-from diffusion.unet import UNet
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import make_reference
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.model_file import load_model
+from diffusion.model.schedules import make_schedule
+from diffusion.model.unet import UNet
+from diffusion.sampling import generation
+from diffusion.training.optim import learning_rate
 
 ABSENT = ["pydantic", "pydantic_core", "ruamel", "click", "mlflow", "dvc", "optuna", "matplotlib"]
 ABSENT += ["requests", "urllib3"]
@@ -209,7 +210,9 @@ def library_samples(model: Path) -> np.ndarray:
     schedule = make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps)
     params = config.load(REPO / "params/gpu.yaml", {**TINY, "sample.batch_size": 12})
     denoiser = Denoiser(net, schedule, trained.diffusion.prediction, clip_x0=params.sample.clip_x0)
-    return np.concatenate([b.numpy() for b in sampling.generate(denoiser, params.sample, params.seed, range(12), CPU)])
+    return np.concatenate(
+        [b.numpy() for b in generation.generate(denoiser, params.sample, params.seed, range(12), CPU)]
+    )
 
 
 @pytest.mark.slow

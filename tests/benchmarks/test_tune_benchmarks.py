@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPO
-from studies import SPACE, TUNE, StubExtractor, table
+from helpers.project import REPO
+from helpers.studies import SPACE, TUNE, StubExtractor, table
 
-from diffusion import tuning
 from diffusion.config import Params, flat, load, trained, write_yaml
-from diffusion.tuning_space import changed, present, read_space, trial_config
+from diffusion.tuning import search
+from diffusion.tuning.space import changed, present, read_space, trial_config
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_trial_of_the_search_is_the_trial_that_is_ranked(
     monkeypatch.setattr(rank, "SETTINGS", ((1.0, "linear", 0, "cosine"), setting))
     monkeypatch.setattr(rank, "EfficientNetLite0", StubExtractor)
     assert rank.of_study(params) == {}
-    tuning.tune(params)
+    search.tune(params)
     found = rank.of_study(params)
     assert list(found) == [rank.name(setting, "trial")]
     assert rank.of_study(tiny(**TUNE)) == {}, "of a study of another space"

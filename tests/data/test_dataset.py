@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import data
+from diffusion.data import dataset, pixels
 from diffusion.errors import UserError
 
 CPU = torch.device("cpu")
@@ -14,37 +14,37 @@ CPU = torch.device("cpu")
 
 def test_to_uint8_inverts_to_tensor_for_all_256_values() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    tensor = data.to_tensor(values)
+    tensor = pixels.to_tensor(values)
     assert tensor.shape == (1, 3, 16, 16)
     assert tensor.dtype == torch.float32
     assert (tensor.min(), tensor.max()) == (-1.0, 1.0)
-    np.testing.assert_array_equal(data.to_uint8(tensor).numpy(), values)
+    np.testing.assert_array_equal(pixels.to_uint8(tensor).numpy(), values)
 
 
 def test_to_tensor_is_affine_and_keeps_places() -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
     expected = images.astype(np.float64).transpose(0, 3, 1, 2) / 127.5 - 1.0
-    np.testing.assert_allclose(data.to_tensor(images).numpy(), expected, atol=1e-7)
+    np.testing.assert_allclose(pixels.to_tensor(images).numpy(), expected, atol=1e-7)
 
 
 def test_to_uint8_rounds_and_clamps() -> None:
     values = torch.tensor([-7.0, -1.0, -1.0 + 0.9 / 255, -1.0 + 1.1 / 255, 0.0, 1.0, 3.0]).view(1, 1, 1, 7)
-    assert data.to_uint8(values).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
+    assert pixels.to_uint8(values).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
 def test_split_is_stratified_disjoint_and_depends_on_the_seed() -> None:
     labels = np.repeat(np.arange(10, dtype=np.uint8), [50, 150, 100, 100, 100, 100, 100, 100, 100, 100])
-    train, val = data.split(labels, 200, seed=1)
+    train, val = dataset.split(labels, 200, seed=1)
     assert sorted([*train, *val]) == list(range(1000))
     assert np.bincount(labels[val]).tolist() == [10, 30, 20, 20, 20, 20, 20, 20, 20, 20]
-    np.testing.assert_array_equal(val, data.split(labels, 200, seed=1)[1])
-    assert (val != data.split(labels, 200, seed=2)[1]).any()
+    np.testing.assert_array_equal(val, dataset.split(labels, 200, seed=1)[1])
+    assert (val != dataset.split(labels, 200, seed=2)[1]).any()
 
 
 def test_split_takes_exactly_what_is_asked_when_classes_do_not_divide() -> None:
     labels = np.arange(103, dtype=np.uint8) % 10
     for count in (10, 17, 33):
-        train, val = data.split(labels, count, seed=0)
+        train, val = dataset.split(labels, count, seed=0)
         assert len(val) == count
         assert len(train) == 103 - count
         share = np.bincount(labels[val], minlength=10) - np.bincount(labels) * count / 103
@@ -54,14 +54,14 @@ def test_split_takes_exactly_what_is_asked_when_classes_do_not_divide() -> None:
 @pytest.mark.parametrize("count", [5, 98])
 def test_split_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(UserError, match=r"data\.val_images"):
-        data.split(np.arange(100, dtype=np.uint8) % 10, count, seed=0)
+        dataset.split(np.arange(100, dtype=np.uint8) % 10, count, seed=0)
 
 
-def numbered(count: int) -> data.Dataset:
+def numbered(count: int) -> dataset.Dataset:
     """Image i is filled with i on its left half and 255 - i on its right; the last five are for validation."""
     column = torch.arange(count + 5, dtype=torch.uint8).view(-1, 1, 1, 1)
     images = torch.cat([column.expand(-1, 4, 2, 3), 255 - column.expand(-1, 4, 2, 3)], dim=2).contiguous()
-    return data.Dataset(
+    return dataset.Dataset(
         images, torch.arange(count), torch.arange(count, count + 5), "numbered", torch.arange(count + 5)
     )
 
@@ -69,33 +69,33 @@ def numbered(count: int) -> data.Dataset:
 def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
     images = numbered(30)
     for batch_size in (1, 4, 7, 30, 45):
-        batches = data.Batches(images, batch_size, seed=3, flip=False, device=CPU)
+        batches = dataset.Batches(images, batch_size, seed=3, flip=False, device=CPU)
         steps = -(-90 // batch_size)
         order = torch.cat([batches.indices(step) for step in range(steps)])[:90]
         for epoch in order.split(30):
             assert sorted(epoch.tolist()) == list(range(30))
         np.testing.assert_array_equal(
-            order, torch.cat([data.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)])
+            order, torch.cat([dataset.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)])
         )
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
     images = numbered(30)
-    one = data.Batches(images, 8, seed=3, flip=True, device=CPU)
-    other = data.Batches(images, 8, seed=3, flip=True, device=CPU)
+    one = dataset.Batches(images, 8, seed=3, flip=True, device=CPU)
+    other = dataset.Batches(images, 8, seed=3, flip=True, device=CPU)
     forwards = [one(step) for step in range(12)]
     backwards = [other(step) for step in reversed(range(12))][::-1]
     for a, b in zip(forwards, backwards, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert (data.Batches(images, 8, seed=4, flip=True, device=CPU)(0) != forwards[0]).any()
+    assert (dataset.Batches(images, 8, seed=4, flip=True, device=CPU)(0) != forwards[0]).any()
 
 
 def test_flips_mirror_half_of_the_images_left_to_right() -> None:
     images = numbered(100)
-    batches = data.Batches(images, 100, seed=0, flip=True, device=CPU)
+    batches = dataset.Batches(images, 100, seed=0, flip=True, device=CPU)
     flipped = 0
     for step in range(20):
-        plain = data.to_tensor(images.images[batches.indices(step)])
+        plain = pixels.to_tensor(images.images[batches.indices(step)])
         for image, original in zip(batches(step), plain, strict=True):
             mirrored = original.flip(-1)
             assert image.equal(original) != image.equal(mirrored)
@@ -105,8 +105,8 @@ def test_flips_mirror_half_of_the_images_left_to_right() -> None:
 
 def test_shares_of_a_batch_are_parts_of_the_whole() -> None:
     images = numbered(30)
-    whole = data.Batches(images, 7, seed=3, flip=True, device=CPU)
-    parts = [data.Batches(images, 7, seed=3, flip=True, device=CPU, share=s) for s in (range(3), range(3, 7))]
+    whole = dataset.Batches(images, 7, seed=3, flip=True, device=CPU)
+    parts = [dataset.Batches(images, 7, seed=3, flip=True, device=CPU, share=s) for s in (range(3), range(3, 7))]
     for step in range(10):
         assert torch.cat([part(step) for part in parts]).equal(whole(step))
 
@@ -116,16 +116,21 @@ def test_mapped_images_do_not_stay_in_memory(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), dtype=np.uint8)  # 61 MB
     np.save(tmp_path / "mapped.npy", images)
     mapped = np.load(tmp_path / "mapped.npy", mmap_mode="c")
-    dataset = data.Dataset(
-        torch.from_numpy(mapped), torch.arange(20_000), torch.arange(5), "", torch.arange(20_000), data.releases(mapped)
+    mapped_data = dataset.Dataset(
+        torch.from_numpy(mapped),
+        torch.arange(20_000),
+        torch.arange(5),
+        "",
+        torch.arange(20_000),
+        dataset.releases(mapped),
     )
-    batches = data.Batches(dataset, 100, seed=0, flip=False, device=CPU)
+    batches = dataset.Batches(mapped_data, 100, seed=0, flip=False, device=CPU)
     for step in range(200):
-        torch.testing.assert_close(batches(step), data.to_tensor(images[batches.indices(step)]), rtol=0, atol=0)
+        torch.testing.assert_close(batches(step), pixels.to_tensor(images[batches.indices(step)]), rtol=0, atol=0)
         assert resident_kib("mapped.npy") == 0
     assert int(mapped.astype(np.int64).sum()) == int(images.astype(np.int64).sum())
     assert resident_kib("mapped.npy") > 55_000  # so the measure sees what is read
-    dataset.read(torch.arange(5))
+    mapped_data.read(torch.arange(5))
     assert resident_kib("mapped.npy") == 0
 
 

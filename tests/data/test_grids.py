@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import images
+from diffusion.data import grids
 
 
 def filled(*values: int, channels: int = 3) -> np.ndarray:
@@ -20,40 +20,40 @@ def test_a_grid_is_row_by_row_with_white_between_and_behind() -> None:
         [3, 3, 255, 255, 255],
         [3, 3, 255, 255, 255],
     ]
-    made = images.grid(filled(1, 2, 3), columns=2, gap=1)
+    made = grids.grid(filled(1, 2, 3), columns=2, gap=1)
     for channel in range(3):
         assert made[:, :, channel].tolist() == expected
 
 
 def test_a_grid_scales_pixels_not_gaps() -> None:
     picture = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
-    assert images.grid(picture, columns=1, scale=2)[:, :, 0].tolist() == [
+    assert grids.grid(picture, columns=1, scale=2)[:, :, 0].tolist() == [
         [0, 0, 1, 1],
         [0, 0, 1, 1],
         [2, 2, 3, 3],
         [2, 2, 3, 3],
     ]
-    assert images.grid(filled(1, 2), columns=2, gap=3, scale=4).shape == (8, 19, 3)
+    assert grids.grid(filled(1, 2), columns=2, gap=3, scale=4).shape == (8, 19, 3)
 
 
 def test_a_strip_has_a_row_an_image_and_a_column_a_stage() -> None:
     frames = np.stack([filled(10, 20), filled(11, 21), filled(12, 22)])  # 3 stages of 2 images
-    made = images.strip(frames, gap=0)[::2, ::2, 0]
+    made = grids.strip(frames, gap=0)[::2, ::2, 0]
     assert made.tolist() == [[10, 11, 12], [20, 21, 22]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_saved_file_decodes_to_its_image(tmp_path: Path, channels: int) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (30, 8, 6, channels), dtype=np.uint8)
-    written = images.save_all(pictures, tmp_path / "png", workers=4)
+    written = grids.save_all(pictures, tmp_path / "png", workers=4)
     assert [p.name for p in written] == [f"{i:05d}.png" for i in range(30)]
     for path, picture in zip(written, pictures, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(8, 6, channels), picture)
 
 
 def test_a_later_batch_has_later_numbers_and_only_numbered_files_are_removed(tmp_path: Path) -> None:
-    images.save_all(filled(1, 2), tmp_path)
-    images.save_all(filled(3, 4), tmp_path, first=99_999)
+    grids.save_all(filled(1, 2), tmp_path)
+    grids.save_all(filled(3, 4), tmp_path, first=99_999)
     (tmp_path / "mine.png").touch()
     assert np.asarray(Image.open(tmp_path / "100000.png"))[0, 0, 0] == 4
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -63,19 +63,19 @@ def test_a_later_batch_has_later_numbers_and_only_numbered_files_are_removed(tmp
         "99999.png",
         "mine.png",
     ]
-    images.remove_numbered(tmp_path)
+    grids.remove_numbered(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.png"]
-    images.remove_numbered(tmp_path / "none")
+    grids.remove_numbered(tmp_path / "none")
 
 
 def test_equal_pixels_are_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        images.save_png(filled(7)[0], tmp_path / f"{name}.png")
+        grids.save_png(filled(7)[0], tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images.save_png(filled(7)[0], tmp_path / "a.png")
+    grids.save_png(filled(7)[0], tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
 
     def fail(self: Image.Image, path: Path, **_: object) -> None:
@@ -84,7 +84,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        images.save_png(filled(8)[0], tmp_path / "a.png")
+        grids.save_png(filled(8)[0], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -92,4 +92,4 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 @pytest.mark.parametrize("array", [np.zeros((4, 4, 3)), np.zeros((4, 4, 5), np.uint8), np.zeros(4, np.uint8)], ids=str)
 def test_what_is_no_picture_is_refused(tmp_path: Path, array: np.ndarray) -> None:
     with pytest.raises(ValueError, match="a picture is uint8"):
-        images.save_png(array, tmp_path / "a.png")
+        grids.save_png(array, tmp_path / "a.png")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from misbehaving import (
+from helpers.misbehaving import (
     CONTENT,
     SHA256,
     Handler,
@@ -26,8 +26,8 @@ from misbehaving import (
     status,
 )
 
-from diffusion import fetch
-from diffusion.fetch import FetchError, Limits
+from diffusion.data.download import http
+from diffusion.data.download.http import FetchError, Limits
 
 PATIENT = Limits(connect_seconds=5, min_bytes_per_second=0, patience_seconds=20)
 HASTY = replace(PATIENT, patience_seconds=0.3)
@@ -53,15 +53,15 @@ def assert_complete(target: Path) -> None:
 
 @pytest.mark.parametrize("mode", [fine, redirect, ignores_range, chunked(CONTENT, complete=True)])
 def test_whole_file(serve: Callable[..., Server], target: Path, mode: Mode) -> None:
-    assert fetch.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT) == target
+    assert http.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT) == target
     assert_complete(target)
 
 
 def test_md5_in_capitals_and_no_digest(serve: Callable[..., Server], target: Path) -> None:
-    fetch.download(serve(fine).url, target, md5=hashlib.md5(CONTENT).hexdigest().upper(), limits=PATIENT)
+    http.download(serve(fine).url, target, md5=hashlib.md5(CONTENT).hexdigest().upper(), limits=PATIENT)
     assert_complete(target)
     other = target.with_name("other.bin")
-    fetch.download(serve(fine).url, other, limits=PATIENT)
+    http.download(serve(fine).url, other, limits=PATIENT)
     assert other.read_bytes() == CONTENT
 
 
@@ -71,14 +71,14 @@ def test_empty_file(serve: Callable[..., Server], target: Path) -> None:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    fetch.download(serve(empty).url, target, sha256=hashlib.sha256(b"").hexdigest(), limits=PATIENT)
+    http.download(serve(empty).url, target, sha256=hashlib.sha256(b"").hexdigest(), limits=PATIENT)
     assert target.read_bytes() == b""
 
 
 def test_verified_target_is_kept_without_a_request(serve: Callable[..., Server], target: Path) -> None:
     server = serve(fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [None]
 
 
@@ -88,14 +88,14 @@ def test_target_that_does_not_verify_is_replaced(
 ) -> None:
     target.parent.mkdir()
     target.write_bytes(b"damaged")
-    fetch.download(serve(fine).url, target, sha256=sha256, limits=PATIENT)
+    http.download(serve(fine).url, target, sha256=sha256, limits=PATIENT)
     assert_complete(target)
 
 
 @pytest.mark.parametrize("first", [cut_after(1000), chunked(CONTENT[:1000], complete=False)])
 def test_answer_that_ends_early_is_continued(serve: Callable[..., Server], target: Path, first: Mode) -> None:
     server = serve(first, fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [None, "bytes=1000-"]
     assert_complete(target)
 
@@ -103,7 +103,7 @@ def test_answer_that_ends_early_is_continued(serve: Callable[..., Server], targe
 def test_answers_that_always_end_early_fail_and_leave_the_part(serve: Callable[..., Server], target: Path) -> None:
     server = serve(cut_after(1000))
     with pytest.raises(FetchError, match="ended early 4 times"):
-        fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+        http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [None, "bytes=1000-", "bytes=2000-", "bytes=3000-"]
     assert part_of(target).read_bytes() == CONTENT[:4000]
     assert not target.exists()
@@ -112,8 +112,8 @@ def test_answers_that_always_end_early_fail_and_leave_the_part(serve: Callable[.
 def test_part_is_continued_by_another_server(serve: Callable[..., Server], target: Path) -> None:
     first, second = serve(stall), serve(fine)
     with pytest.raises(FetchError, match=r"no data for 0\.3 s"):
-        fetch.download(first.url, target, sha256=SHA256, limits=HASTY)
-    fetch.download(second.url, target, sha256=SHA256, limits=PATIENT)
+        http.download(first.url, target, sha256=SHA256, limits=HASTY)
+    http.download(second.url, target, sha256=SHA256, limits=PATIENT)
     assert second.ranges == ["bytes=1000-"]
     assert_complete(target)
 
@@ -124,13 +124,13 @@ def test_interrupt_keeps_the_part(serve: Callable[..., Server], target: Path, mo
 
     server = serve(fine)
     with monkeypatch.context() as patch:
-        patch.setattr(fetch._Pace, "check", interrupt)
+        patch.setattr(http._Pace, "check", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+            http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     have = part_of(target).stat().st_size
     assert {path.name for path in target.parent.iterdir()} == {"file.bin.part", ".lock"}
     assert 0 < have <= len(CONTENT)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [None, f"bytes={have}-"]
     assert_complete(target)
 
@@ -138,7 +138,7 @@ def test_interrupt_keeps_the_part(serve: Callable[..., Server], target: Path, mo
 @pytest.mark.parametrize("mode", [ignores_range, refuses_range(416), refuses_range(501), refuses_range(403)])
 def test_server_without_range_starts_anew(serve: Callable[..., Server], target: Path, mode: Mode) -> None:
     part_of(target, b"x" * 1000)
-    fetch.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT)
+    http.download(serve(mode).url, target, sha256=SHA256, limits=PATIENT)
     assert_complete(target)
 
 
@@ -154,7 +154,7 @@ def test_range_answer_from_another_offset_starts_anew(serve: Callable[..., Serve
         handler.wfile.write(CONTENT[500:])
 
     server = serve(cut_after(1000), from_500)
-    fetch.download(server.url, target, limits=PATIENT)  # without a digest that would notice
+    http.download(server.url, target, limits=PATIENT)  # without a digest that would notice
     assert server.ranges == [None, "bytes=1000-", None]
     assert_complete(target)
 
@@ -169,7 +169,7 @@ def test_range_answer_of_fewer_bytes_than_asked_is_continued(serve: Callable[...
 
     part_of(target, CONTENT[:1000])
     server = serve(piece, fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == ["bytes=1000-", "bytes=2000-"]
     assert_complete(target)
 
@@ -178,7 +178,7 @@ def test_range_answer_of_fewer_bytes_than_asked_is_continued(serve: Callable[...
 def test_part_of_something_else_is_fetched_anew(serve: Callable[..., Server], target: Path, part: bytes) -> None:
     part_of(target, part)
     server = serve(fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [f"bytes={len(part)}-", None]
     assert_complete(target)
 
@@ -186,21 +186,21 @@ def test_part_of_something_else_is_fetched_anew(serve: Callable[..., Server], ta
 def test_complete_part_needs_no_second_transfer(serve: Callable[..., Server], target: Path) -> None:
     part_of(target, CONTENT)
     server = serve(fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [f"bytes={len(CONTENT)}-"]
     assert_complete(target)
 
 
 def test_without_a_digest_an_old_part_is_not_trusted(serve: Callable[..., Server], target: Path) -> None:
     part_of(target, b"x" * 1000)
-    fetch.download(serve(fine).url, target, limits=PATIENT)
+    http.download(serve(fine).url, target, limits=PATIENT)
     assert_complete(target)
 
 
 def test_file_that_changed_between_two_answers_is_fetched_anew(serve: Callable[..., Server], target: Path) -> None:
     old = bytes(len(CONTENT))
     server = serve(lambda handler: handler.body(old, only=1000), fine)
-    fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == [None, "bytes=1000-", None]
     assert_complete(target)
 
@@ -210,7 +210,7 @@ def test_wrong_bytes_are_not_kept(serve: Callable[..., Server], target: Path, pa
     part_of(target, part)
     server = serve(lambda handler: handler.body(b"y" * 5000))
     with pytest.raises(FetchError, match=f"sha256 {hashlib.sha256(b'y' * 5000).hexdigest()}, not {SHA256}"):
-        fetch.download(server.url, target, sha256=SHA256, limits=PATIENT)
+        http.download(server.url, target, sha256=SHA256, limits=PATIENT)
     assert server.ranges == ([None] if part is None else ["bytes=1000-", None])
     assert {path.name for path in target.parent.iterdir()} == {".lock"}
 
@@ -231,14 +231,14 @@ def test_wrong_bytes_are_not_kept(serve: Callable[..., Server], target: Path, pa
 )
 def test_source_is_left(serve: Callable[..., Server], target: Path, mode: Mode, limits: Limits, reason: str) -> None:
     with pytest.raises(FetchError, match=reason) as caught:
-        fetch.download(serve(mode).url, target, sha256=SHA256, limits=limits)
+        http.download(serve(mode).url, target, sha256=SHA256, limits=limits)
     assert "\n" not in str(caught.value)
     assert not target.exists()
 
 
 def test_rubbish_without_end_is_not_kept(serve: Callable[..., Server], target: Path) -> None:
     with pytest.raises(FetchError, match="sends more than"):
-        fetch.download(
+        http.download(
             serve(chunked(CONTENT, complete=False)).url,
             target,
             sha256=SHA256,
@@ -250,7 +250,7 @@ def test_rubbish_without_end_is_not_kept(serve: Callable[..., Server], target: P
 def test_failing_server_leaves_the_part_to_the_next_one(serve: Callable[..., Server], target: Path) -> None:
     part = part_of(target, CONTENT[:1000])
     with pytest.raises(FetchError, match="HTTP 404"):
-        fetch.download(serve(status(404)).url, target, sha256=SHA256, limits=PATIENT)
+        http.download(serve(status(404)).url, target, sha256=SHA256, limits=PATIENT)
     assert part.read_bytes() == CONTENT[:1000]
 
 
@@ -259,7 +259,7 @@ def test_nobody_listens(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(FetchError, match=r"^Connection refused$"):
-        fetch.download(f"http://127.0.0.1:{port}/", target, sha256=SHA256, limits=PATIENT)
+        http.download(f"http://127.0.0.1:{port}/", target, sha256=SHA256, limits=PATIENT)
 
 
 def test_host_that_never_accepts(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_host_that_never_accepts(target: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("urllib3.util.connection.create_connection", dropped)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with pytest.raises(FetchError, match=r"^no connection within 5 s$"):
-        fetch.download("http://127.0.0.1:9/", target, sha256=SHA256, limits=PATIENT)
+        http.download("http://127.0.0.1:9/", target, sha256=SHA256, limits=PATIENT)
 
 
 def test_unknown_host_and_bad_address_are_one_line(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,21 +279,21 @@ def test_unknown_host_and_bad_address_are_one_line(target: Path, monkeypatch: py
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(FetchError, match=r"^Name or service not known$"):
-        fetch.download("http://nowhere.invalid/file", target, sha256=SHA256, limits=PATIENT)
+        http.download("http://nowhere.invalid/file", target, sha256=SHA256, limits=PATIENT)
     with pytest.raises(FetchError, match="Invalid URL"):
-        fetch.download("nowhere", target, sha256=SHA256, limits=PATIENT)
+        http.download("nowhere", target, sha256=SHA256, limits=PATIENT)
 
 
 def test_folder_that_cannot_be_written(serve: Callable[..., Server], tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FetchError, match="cannot write"):
-        fetch.download(serve(fine).url, tmp_path / "file" / "below.bin", sha256=SHA256, limits=PATIENT)
+        http.download(serve(fine).url, tmp_path / "file" / "below.bin", sha256=SHA256, limits=PATIENT)
 
 
 def test_two_downloads_of_one_file_make_one_request(serve: Callable[..., Server], target: Path) -> None:
     server = serve(fine)
     both = [
-        threading.Thread(target=fetch.download, args=(server.url, target), kwargs={"sha256": SHA256, "limits": PATIENT})
+        threading.Thread(target=http.download, args=(server.url, target), kwargs={"sha256": SHA256, "limits": PATIENT})
         for _ in range(2)
     ]
     for thread in both:
@@ -307,7 +307,7 @@ def test_two_downloads_of_one_file_make_one_request(serve: Callable[..., Server]
 def test_pace_looks_at_the_last_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, received = [0.0], 0
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    pace = fetch._Pace(Limits(min_bytes_per_second=1000, patience_seconds=20))
+    pace = http._Pace(Limits(min_bytes_per_second=1000, patience_seconds=20))
     for clock[0] in range(1, 61):  # a minute at 1 MB/s hides nothing of the standstill that follows
         received += 1_000_000
         pace.check(received)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluation import pictures
+from helpers.pictures import pictures
 
-from diffusion import extraction
+from diffusion.data.image_sets import load_samples
 from diffusion.errors import UserError
-from diffusion.image_files import load_samples
+from diffusion.metrics import extraction
 
 
 @pytest.mark.parametrize(

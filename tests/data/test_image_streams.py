@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_evaluation import Colours, pictures
+from helpers.pictures import Colours, pictures
 
-from diffusion import images
+from diffusion.data import grids
+from diffusion.data.image_sets import open_images
+from diffusion.data.image_streams import Stream
 from diffusion.errors import UserError
-from diffusion.extraction import moments_of
-from diffusion.image_files import open_images
-from diffusion.image_streams import Stream
-from diffusion.reference import pixels_sha256
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.reference import pixels_sha256
 
 
 def written(kind: str, place: Path, array: np.ndarray) -> str:
     if kind == "folder":
-        images.save_all(array, place / "folder/deeper")
+        grids.save_all(array, place / "folder/deeper")
         return str(place / "folder")
     np.savez_compressed(place / "images.npz", labels=np.arange(3), images=array)
     return str(place / "images.npz")

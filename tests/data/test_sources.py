@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import sources
+from diffusion.data import sources
 from diffusion.errors import UserError
 
 RNG = np.random.default_rng(0)

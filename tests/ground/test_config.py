@@ -3,13 +3,14 @@ from itertools import dropwhile
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from helpers.project import REPO
 
-from diffusion import config, samplers
+from diffusion import config
 from diffusion.errors import UserError
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
 from diffusion.rules import doubtful
-from diffusion.schedules import configured_schedule
-from diffusion.unet import UNet
+from diffusion.sampling import samplers
 
 RECIPES = sorted(REPO.glob("params/*.yaml"))
 

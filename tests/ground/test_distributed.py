@@ -12,18 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.commands import run, run_all, start, wait_for_checkpoint, write_params
+from helpers.worlds import in_world
 from safetensors.torch import load_file
-from test_stages import run, run_all, start, wait_for_checkpoint, write_params
-from worlds import in_world
 
-from diffusion import checkpoint, paths
+from diffusion import paths
 from diffusion.config import TrainedConfig, load, trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.distributed import ALONE, World
 from diffusion.errors import UserError
-from diffusion.fit import StopRequest, _loop
-from diffusion.journal import NullTracker
-from diffusion.training import Trainer, train
+from diffusion.interrupts import StopRequest
+from diffusion.pipeline.train import _loop
+from diffusion.tracking.journal import NullTracker
+from diffusion.training import checkpoint
+from diffusion.training.loop import Trainer, train
 
 CPU = torch.device("cpu")
 

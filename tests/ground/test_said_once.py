@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers.project import REPO
 
-from diffusion import lineage, paths, provenance
-from diffusion.journal import MEMORY, Journal, mark_sent, remember
-from diffusion.parts import Parts
+from diffusion import paths
+from diffusion.sampling.partial import Parts
+from diffusion.tracking import lineage, provenance
+from diffusion.tracking.journal import MEMORY, Journal, mark_sent, remember
 
 SOURCES = [*REPO.glob("src/diffusion/**/*.py"), *REPO.glob("stages/*.py"), REPO / "bootstrap.py"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import cifar10, fetch
-from diffusion.cifar10 import Remote
-from diffusion.cifar10_files import Layout
 from diffusion.config import DataConfig
+from diffusion.data.download import cifar10, http
+from diffusion.data.download.archive import Layout
+from diffusion.data.download.cifar10 import Remote
 
 COUNT = 20
 NAMES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
@@ -128,7 +128,7 @@ class World:
                 "mirrors": (f"{self.url}/missing.tar.gz", f"{self.url}/{cifar10.ARCHIVE}"),
                 "official": (f"{self.url}/{cifar10.ARCHIVE}",),
             },
-            "limits": fetch.Limits(min_bytes_per_second=0),
+            "limits": http.Limits(min_bytes_per_second=0),
         }
         layout = changes.pop("layout", self.layout)
         cifar10.download(config, self.folder, self.downloads, layout=layout, remote=Remote(**settings | changes))

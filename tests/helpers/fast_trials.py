@@ -20,11 +20,12 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
 
-from diffusion import config, tuning
+from diffusion import config
 from diffusion.config import Params
 from diffusion.errors import UserError
-from diffusion.tuning_store import storage_url
-from diffusion.tuning_trial import Attempt, Objective
+from diffusion.tuning import search
+from diffusion.tuning.store import storage_url
+from diffusion.tuning.trial import Attempt, Objective
 
 STUDY = "00000000c1fa0010"
 STEPS = 8
@@ -106,7 +107,7 @@ def main(overrides: str) -> None:
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
     )
     try:
-        tuning.search(STUDY, params, storage_url(params.tune), prepare)
+        search.search(STUDY, params, storage_url(params.tune), prepare)
     except KeyboardInterrupt as error:
         print(error)
         sys.exit(130)

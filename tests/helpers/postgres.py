@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import free_port
+from helpers.stores import free_port
 
 SECONDS = 60.0  # a start that takes longer has failed
 DEBIAN = Path("/usr/lib/postgresql")

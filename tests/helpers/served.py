@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import REPO, TINY
+from helpers.project import REPO, TINY
 
-from diffusion import config, export, registry
-from diffusion.unet import UNet
+from diffusion import config
+from diffusion.model import model_file
+from diffusion.model.unet import UNet
+from diffusion.serving import registry
 
 
 def params_of(**overrides: Any) -> config.Params:
@@ -22,7 +24,7 @@ def write_model(folder: Path, params: config.Params, seed: int = 0) -> Path:
     for weight in net.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     about = {"origin": {"git.commit": "c0ffee", "device": "cpu"}, "fingerprint": "f", "run_id": None, "step": 1}
-    export.save_model(folder / "model.safetensors", net.state_dict(), config.trained(params), about)
+    model_file.save_model(folder / "model.safetensors", net.state_dict(), config.trained(params), about)
     return folder / "model.safetensors"
 
 

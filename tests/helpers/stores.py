@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from diffusion import tracking
 from diffusion.config import TrackingConfig
-from diffusion.journal import Status, Tracker
+from diffusion.tracking import runs
+from diffusion.tracking.journal import Status, Tracker
 
 CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
 SECONDS = 120.0  # a join that takes longer has hung
@@ -54,7 +54,7 @@ def journal_points(journal: Path) -> list[tuple[str, int, int, float]]:
 
 
 def open_run(folder: Path, **kwargs: Any) -> Tracker:
-    return tracking.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
+    return runs.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
 
 
 def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fast_trials
 import numpy as np
 import pytest
+from helpers import fast_trials
 
-from diffusion import config, paths, training, tuning, tuning_trial
-from diffusion.data import Dataset
-from diffusion.progress import Record
-from diffusion.reference import Reference
-from diffusion.training import Trainer
-from diffusion.tuning_trial import Attempt
+from diffusion import config, paths
+from diffusion.data.dataset import Dataset
+from diffusion.metrics.reference import Reference
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.training.progress import Record
+from diffusion.tuning import search, trial
+from diffusion.tuning.trial import Attempt
 
 SPACE = {
     "train.lr": {"low": 2e-4, "high": 5e-3, "log": True},
@@ -52,10 +54,10 @@ def place(tmp_path: Path, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(paths, "OPTUNA_DB", tmp_path / "optuna/study.db")
     monkeypatch.setattr(Dataset, "load", lambda: tiny_data)
-    monkeypatch.setattr(tuning, "EfficientNetLite0", StubExtractor)
-    monkeypatch.setattr(tuning_trial, "EfficientNetLite0", StubExtractor)
-    monkeypatch.setattr(tuning_trial.Trainings, "_score", formula)
-    monkeypatch.setattr(tuning, "draw_figures", lambda shared: None)  # seconds; they have a test of their own
+    monkeypatch.setattr(search, "EfficientNetLite0", StubExtractor)
+    monkeypatch.setattr(trial, "EfficientNetLite0", StubExtractor)
+    monkeypatch.setattr(trial.Trainings, "_score", formula)
+    monkeypatch.setattr(search, "draw_figures", lambda shared: None)  # seconds; they have a test of their own
     write_reference(images=20)
     return tmp_path
 
@@ -87,7 +89,7 @@ def studies() -> list[str]:
 
 def name_of(params: config.Params) -> str:
     reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
-    return tuning.study_name(params, Dataset.load().identity, reference)
+    return search.study_name(params, Dataset.load().identity, reference)
 
 
 def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,12 +98,12 @@ def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def interrupted(trainer: Trainer) -> Iterator[Record]:
         seen.append(trainer.folder)
-        for record in training.train(trainer):
+        for record in loop.train(trainer):
             if len(seen) > trials and record.step == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield record
 
-    monkeypatch.setattr(tuning_trial, "train", interrupted)
+    monkeypatch.setattr(trial, "train", interrupted)
 
 
 def fast_trials_at_once(params: config.Params) -> Callable[[Attempt], float]:

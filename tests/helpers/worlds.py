@@ -12,7 +12,9 @@ import torch
 from diffusion.distributed import World, joined
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["diffusion.fit", "torch._dynamo"])  # the optimiser imports the latter, which is slow
+CONTEXT.set_forkserver_preload(
+    ["diffusion.pipeline.train", "torch._dynamo"]
+)  # the optimiser imports the latter, which is slow
 SECONDS = 120
 
 

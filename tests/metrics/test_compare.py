@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import REPO
+from helpers.pictures import pictures
+from helpers.project import REPO
 from PIL import Image
-from test_evaluation import pictures
 
-from diffusion import features, image_files, images, paths
-from diffusion.metrics import frechet_distance, selftest
+from diffusion import paths
+from diffusion.data import grids, image_sets
+from diffusion.metrics import features, frechet_distance, selftest
 from diffusion.metrics.__main__ import main
-from diffusion.weights import sha256
+from diffusion.metrics.inception_weights import sha256
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     np.savez("made.npz", images=pictures(12, 1))
-    images.save_all(pictures(12, 1), tmp_path / "made/deeper")
+    grids.save_all(pictures(12, 1), tmp_path / "made/deeper")
     np.savez("real.npz", images=pictures(14))
     return tmp_path
 
@@ -69,7 +70,7 @@ def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.Monk
     assert "kid4_real " in found
     assert "against 4 images of .; " in found
     assert f"numpy {np.__version__}" in found
-    monkeypatch.setitem(image_files.NAMED, "cifar10:train", place / "train.npz")
+    monkeypatch.setitem(image_sets.NAMED, "cifar10:train", place / "train.npz")
     assert "kid4_train " in compare("../../made.npz", "cifar10:train", *options).stdout
 
 
@@ -105,8 +106,8 @@ def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) ->
     np.savez("nan.npz", images=np.full((12, 8, 8, 3), np.nan))
     for name in ("mixed", "broken", "empty"):
         Path(name).mkdir()
-    images.save_png(pictures(1)[0], place / "mixed/a.png")
-    images.save_png(pictures(1)[0, ::2], place / "mixed/b.png")
+    grids.save_png(pictures(1)[0], place / "mixed/a.png")
+    grids.save_png(pictures(1)[0, ::2], place / "mixed/b.png")
     (place / "broken/a.png").write_bytes(b"\x89PNG")
     for name, kind in (("float/a.tiff", np.float32), ("deep/a.png", np.uint16)):
         (place / name).parent.mkdir()

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
-from diffusion import features
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0, Inception, resize_as_tensorflow1
-from diffusion.metrics import Moments, frechet_distance
+from diffusion.metrics import Moments, features, frechet_distance
+from diffusion.metrics.features import EfficientNetLite0, Inception, resize_as_tensorflow1
 from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
 from diffusion.metrics.selftest import pictures as images
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
-from misbehaving import CONTENT, SHA256, Server, cut_after, fine, status
+from helpers.misbehaving import CONTENT, SHA256, Server, cut_after, fine, status
+from helpers.project import REPO
 
-from diffusion import paths, weights
+from diffusion import paths
 from diffusion.errors import UserError
-from diffusion.weights import WeightsUnavailableError, find_inception_weights, write_card
+from diffusion.metrics import inception_weights
+from diffusion.metrics.inception_weights import WeightsUnavailableError, find_inception_weights
+from diffusion.pipeline.weights import write_card
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def _no_torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fetched_from(monkeypatch: pytest.MonkeyPatch, *urls: str) -> None:
-    monkeypatch.setattr(weights, "INCEPTION_URLS", {f"mirror {i}": url for i, url in enumerate(urls, 1)})
+    monkeypatch.setattr(inception_weights, "INCEPTION_URLS", {f"mirror {i}": url for i, url in enumerate(urls, 1)})
 
 
 def test_weights_are_fetched_checked_and_kept(
@@ -39,7 +41,7 @@ def test_weights_are_fetched_checked_and_kept(
 ) -> None:
     server = serve(fine)
     fetched_from(monkeypatch, server.url)
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
+    monkeypatch.setattr(inception_weights, "INCEPTION_SHA256", SHA256)
     found = find_inception_weights(config, tmp_path / "kept")
     assert found.read_bytes() == CONTENT
     assert find_inception_weights(config, tmp_path / "kept") == found
@@ -51,7 +53,7 @@ def test_what_was_interrupted_is_continued_from_the_other_address(
 ) -> None:
     first, second = serve(cut_after(1000)), serve(fine)
     fetched_from(monkeypatch, first.url, second.url)
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
+    monkeypatch.setattr(inception_weights, "INCEPTION_SHA256", SHA256)
     assert find_inception_weights(config, tmp_path / "kept").read_bytes() == CONTENT
     assert second.ranges == ["bytes=4000-"]
 
@@ -65,9 +67,9 @@ def test_local_asks_no_network(
     with pytest.raises(WeightsUnavailableError, match="local"):
         find_inception_weights(local, tmp_path)
     assert server.ranges == []
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", SHA256)
-    (tmp_path / weights.INCEPTION_FILE).write_bytes(CONTENT)
-    assert find_inception_weights(local, tmp_path) == tmp_path / weights.INCEPTION_FILE
+    monkeypatch.setattr(inception_weights, "INCEPTION_SHA256", SHA256)
+    (tmp_path / inception_weights.INCEPTION_FILE).write_bytes(CONTENT)
+    assert find_inception_weights(local, tmp_path) == tmp_path / inception_weights.INCEPTION_FILE
 
 
 def test_a_download_with_another_digest_is_not_kept(
@@ -79,7 +81,7 @@ def test_a_download_with_another_digest_is_not_kept(
     assert not list((tmp_path / "kept").glob("*.pth*"))
 
 
-@pytest.mark.parametrize("name", weights.INCEPTION_NAMES)
+@pytest.mark.parametrize("name", inception_weights.INCEPTION_NAMES)
 def test_a_damaged_file_in_the_weights_folder_is_not_passed_over(config, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"half a file")
     with pytest.raises(UserError, match=r"6726825d.*evaluate\.inception_weights"):
@@ -90,10 +92,10 @@ def test_a_damaged_file_in_the_weights_folder_is_not_passed_over(config, tmp_pat
 def test_torchs_cache_and_fidelitys_name_are_looked_into(
     config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached = tmp_path / "torch/hub/checkpoints" / weights.INCEPTION_NAMES[1]
+    cached = tmp_path / "torch/hub/checkpoints" / inception_weights.INCEPTION_NAMES[1]
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"weights")
-    monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(cached))
+    monkeypatch.setattr(inception_weights, "INCEPTION_SHA256", inception_weights.sha256(cached))
     assert find_inception_weights(config, tmp_path / "none") == cached
 
 
@@ -106,11 +108,11 @@ def test_a_named_file_has_to_be_there(config, tmp_path: Path) -> None:
 
 
 def test_the_cache_is_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
+    assert inception_weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
     monkeypatch.delenv("TORCH_HOME")
-    assert weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
+    assert inception_weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
+    assert inception_weights.torch_cache() == Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def card() -> dict[str, str | None]:
@@ -130,13 +132,16 @@ def test_the_card_follows_the_weights_wherever_they_are(
     params = tiny(**{"evaluate.inception": "auto"})
     write_card(params)
     assert card()["inception_sha256"] is None
-    places = (weights.torch_cache() / weights.INCEPTION_NAMES[1], paths.WEIGHTS / weights.INCEPTION_FILE)
+    places = (
+        inception_weights.torch_cache() / inception_weights.INCEPTION_NAMES[1],
+        paths.WEIGHTS / inception_weights.INCEPTION_FILE,
+    )
     for number, place in enumerate(places):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(bytes([number]))
-        monkeypatch.setattr(weights, "INCEPTION_SHA256", weights.sha256(place))
+        monkeypatch.setattr(inception_weights, "INCEPTION_SHA256", inception_weights.sha256(place))
         write_card(params)
-        assert card()["inception_sha256"] == weights.sha256(place)
+        assert card()["inception_sha256"] == inception_weights.sha256(place)
     named = tiny(**{"evaluate.inception": "auto", "evaluate.inception_weights": str(tmp_path / "mine.pth")})
     for content in (b"one", b"two"):
         (tmp_path / "mine.pth").write_bytes(content)

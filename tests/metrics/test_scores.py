@@ -5,36 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import Colours, pictures
 
-from diffusion import extraction, extractors, features, paths
+from diffusion import paths
 from diffusion.config import Params
 from diffusion.distributed import World
 from diffusion.errors import UserError
-from diffusion.evaluation import evaluate
-from diffusion.extraction import moments_of
-from diffusion.metrics import frechet_distance
-from diffusion.reference import Reference, make_reference, write_references
-from diffusion.weights import sha256
+from diffusion.metrics import extraction, extractors, features, frechet_distance
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.inception_weights import sha256
+from diffusion.metrics.reference import Reference, make_reference
+from diffusion.metrics.scores import evaluate
+from diffusion.pipeline.reference import write_references
 
 CPU = torch.device("cpu")
 REQUIRED = {"evaluate.inception": "require", "sample.num_images": 5000}  # enough for the rules of params.yaml
-
-
-class Colours(torch.nn.Module):
-    """Features that can be computed by hand: the three channel means."""
-
-    metric, dim = "colours", 3
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean((2, 3))
-
-    def describe(self) -> dict[str, str]:
-        return {"extractor": "colours"}
-
-
-def pictures(count: int, seed: int = 0) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-    return coarse.repeat(8, axis=1).repeat(8, axis=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 100])

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO
+from helpers.project import REPO
 from safetensors.torch import load_file, save_file
 
-from diffusion import config, interchange, interchange_layers
+from diffusion import config
 from diffusion.errors import UserError
-from diffusion.export import save_model
-from diffusion.schedules import make_schedule
-from diffusion.unet import UNet
+from diffusion.model import diffusers_format, diffusers_layers
+from diffusion.model.model_file import save_model
+from diffusion.model.schedules import make_schedule
+from diffusion.model.unet import UNet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -45,7 +46,7 @@ def randomised(trained: config.TrainedConfig) -> UNet:
 def test_diffusers_computes_the_same(shape: str, tmp_path: Path) -> None:
     trained = small(**SHAPES[shape])
     net = randomised(trained)
-    interchange.write_pipeline(net, trained, tmp_path)
+    diffusers_format.write_pipeline(net, trained, tmp_path)
     theirs = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet").eval()
     x, t = torch.randn(3, *trained.model.image_shape), torch.tensor([0, 400, 999])
     labels = torch.tensor([0, 9, 10]) if trained.model.num_classes else None
@@ -53,7 +54,7 @@ def test_diffusers_computes_the_same(shape: str, tmp_path: Path) -> None:
         expected = theirs(x, t, class_labels=labels).sample
         ours = net(x, t) if labels is None else net(x, t, torch.where(labels == 10, -1, labels))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    back, diffusion = interchange.read_pipeline(tmp_path)
+    back, diffusion = diffusers_format.read_pipeline(tmp_path)
     assert back.config == trained.model
     assert diffusion == trained.diffusion
     assert {k: v.tolist() for k, v in back.state_dict().items()} == {k: v.tolist() for k, v in net.state_dict().items()}
@@ -77,11 +78,11 @@ def test_the_published_layout_is_read_with_its_old_names(tmp_path: Path) -> None
     diffusers.DDPMScheduler(num_train_timesteps=1000).save_pretrained(tmp_path / "scheduler")
     weights, old = tmp_path / "unet/diffusion_pytorch_model.safetensors", {}
     for name, tensor in load_file(weights).items():
-        for past, new in interchange_layers.OLD_ATTENTION.items():
+        for past, new in diffusers_layers.OLD_ATTENTION.items():
             name = name.replace(f".{new}.", f".{past}.") if ".attentions." in name else name
         old[name] = tensor
     save_file(old, weights)
-    net, diffusion = interchange.read_pipeline(tmp_path)
+    net, diffusion = diffusers_format.read_pipeline(tmp_path)
     assert (diffusion.schedule, diffusion.prediction, diffusion.num_steps) == ("linear", "eps", 1000)
     assert net.config == config.load(REPO / "params/paper.yaml", {"model.dropout": 0.0}).model
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
@@ -96,12 +97,12 @@ def test_the_published_layout_is_read_with_its_old_names(tmp_path: Path) -> None
 def test_their_scheduler_has_our_betas(schedule: str, prediction: str, tmp_path: Path) -> None:
     overrides = {"diffusion.schedule": schedule, "diffusion.prediction": prediction}
     trained = small(**overrides)
-    interchange.write_pipeline(randomised(trained), trained, tmp_path)
+    diffusers_format.write_pipeline(randomised(trained), trained, tmp_path)
     theirs = diffusers.DDPMPipeline.from_pretrained(tmp_path).scheduler
-    ours = interchange.configured_schedule(trained.diffusion)
+    ours = diffusers_format.configured_schedule(trained.diffusion)
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alphas_cumprod, rtol=1e-3, atol=1e-6)
-    assert theirs.config.prediction_type == interchange.PREDICTIONS[prediction]
-    assert interchange.read_pipeline(tmp_path)[1] == trained.diffusion
+    assert theirs.config.prediction_type == diffusers_format.PREDICTIONS[prediction]
+    assert diffusers_format.read_pipeline(tmp_path)[1] == trained.diffusion
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_their_scheduler_has_our_betas(schedule: str, prediction: str, tmp_path:
 def test_what_has_no_counterpart_is_refused(overrides: dict[str, Any], words: str, tmp_path: Path) -> None:
     trained = small(**overrides)
     with pytest.raises(UserError, match=words):
-        interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+        diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -125,9 +126,9 @@ def test_rescaled_betas_are_a_schedule_without_terminal_signal(trained_betas: bo
     betas = {"trained_betas": diffusers.DDPMScheduler().betas.tolist()} if trained_betas else {}
     given = {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     theirs = diffusers.DDPMScheduler(**given, **betas)
-    read = interchange.diffusion_config(dict(theirs.config))
+    read = diffusers_format.diffusion_config(dict(theirs.config))
     assert read == config.DiffusionConfig("linear", 1000, True, "v")
-    ours = interchange.configured_schedule(read).alphas_cumprod
+    ours = diffusers_format.configured_schedule(read).alphas_cumprod
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours, rtol=1e-3, atol=1e-6)
 
 
@@ -149,7 +150,7 @@ without_signal = make_schedule("linear", 1000, zero_terminal_snr=True).betas
 )
 def test_a_scheduler_that_is_none_of_ours_is_one_line(scheduler: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        interchange.diffusion_config(scheduler)
+        diffusers_format.diffusion_config(scheduler)
     assert "\n" not in str(caught.value)
 
 
@@ -174,36 +175,36 @@ def test_a_scheduler_that_is_none_of_ours_is_one_line(scheduler: dict[str, Any],
 )
 def test_a_network_of_another_kind_is_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     trained = small()
-    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
     file = tmp_path / "unet/config.json"
     changed = {**json.loads(file.read_text()), **change}
     file.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
     with pytest.raises(UserError, match=words) as caught:
-        interchange.read_pipeline(tmp_path)
+        diffusers_format.read_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_pair_of_equal_sizes_is_read(tmp_path: Path) -> None:
     trained = small()
-    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
     file = tmp_path / "unet/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": [32, 32]}))
-    assert interchange.read_pipeline(tmp_path)[0].config == trained.model
+    assert diffusers_format.read_pipeline(tmp_path)[0].config == trained.model
 
 
 def test_weights_that_nothing_reads_are_refused(tmp_path: Path) -> None:
     trained = small()
-    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
-    file = tmp_path / "unet" / interchange.WEIGHTS
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
+    file = tmp_path / "unet" / diffusers_format.WEIGHTS
     save_file({**load_file(file), "down_blocks.0.attentions.0.group_norm.weight": torch.ones(32)}, file)
     with pytest.raises(UserError, match=r"has down_blocks\.0\.attentions\.0\.group_norm\.weight"):
-        interchange.read_pipeline(tmp_path)
+        diffusers_format.read_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "other U-Net", "other betas", "other weights", "no JSON"])
 def test_unusable_folders_are_one_line(damage: str, tmp_path: Path) -> None:
     trained = small()
-    interchange.write_pipeline(UNet(trained.model), trained, tmp_path)
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
     unet, scheduler = tmp_path / "unet/config.json", tmp_path / "scheduler/scheduler_config.json"
     if damage == "missing":
         unet.unlink()
@@ -212,11 +213,11 @@ def test_unusable_folders_are_one_line(damage: str, tmp_path: Path) -> None:
     elif damage == "other betas":
         scheduler.write_text(json.dumps({"trained_betas": [0.1] * 1000}))
     elif damage == "other weights":
-        save_file({"x": torch.zeros(1)}, tmp_path / "unet" / interchange.WEIGHTS)
+        save_file({"x": torch.zeros(1)}, tmp_path / "unet" / diffusers_format.WEIGHTS)
     else:
         scheduler.write_text("{")
     with pytest.raises(UserError) as caught:
-        interchange.read_pipeline(tmp_path)
+        diffusers_format.read_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -226,10 +227,10 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     save_model(tmp_path / "models/model.safetensors", randomised(trained).state_dict(), trained, {"step": 3})
     before = load_file(tmp_path / "models/model.safetensors")
 
-    def run(*arguments: str, module: str = "interchange") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"diffusion.{module}", *arguments]
+    def run(*arguments: str, command: str = "interchange") -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "diffusion", command, *arguments]
         environment = {"PYTHONPATH": str(REPO / "src"), "PATH": "", "DVC_ROOT": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     assert run("write", "out").returncode == 0
     (tmp_path / "models/model.safetensors").unlink()
@@ -237,7 +238,7 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     after = load_file(tmp_path / "models/model.safetensors")
     assert {k: v.tolist() for k, v in before.items()} == {k: v.tolist() for k, v in after.items()}
-    lineage = run(module="lineage")
+    lineage = run(command="lineage")
     assert lineage.returncode == 0, lineage.stderr
     explained = dict(line.split(maxsplit=1) for line in lineage.stdout.splitlines())
     assert explained["weights"] == "imported"

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.parameterization import PARAMETERIZATIONS, Denoiser
-from diffusion.process import q_sample, signal_and_noise
-from diffusion.schedules import SCHEDULES, make_schedule
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.parameterization import PARAMETERIZATIONS
+from diffusion.model.process import q_sample, signal_and_noise
+from diffusion.model.schedules import SCHEDULES, make_schedule
 
 
 class Constant(nn.Module):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.process import posterior_mean_variance, q_posterior_mean_variance, q_sample
-from diffusion.schedules import SCHEDULES, make_schedule
+from diffusion.model.process import posterior_mean_variance, q_posterior_mean_variance, q_sample
+from diffusion.model.schedules import SCHEDULES, make_schedule
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.schedules import SCHEDULES, make_schedule, sampling_timesteps
+from diffusion.model.schedules import SCHEDULES, make_schedule
+from diffusion.sampling.spacings import sampling_timesteps
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

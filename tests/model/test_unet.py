@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import REPO
+from helpers.project import REPO
 
 from diffusion import config
-from diffusion.layers import Downsample, SelfAttention, TimestepEmbedding, attention
-from diffusion.unet import UNet
+from diffusion.model.layers import Downsample, SelfAttention, TimestepEmbedding, attention
+from diffusion.model.unet import UNet
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from helpers.project import REPO
 from ruamel.yaml import YAML
 
 from diffusion import config, paths
-from diffusion.provenance import import_closure
+from diffusion.training.identity import import_closure
 
 DVC = YAML(typ="safe").load(REPO / "dvc.yaml")
 STAGES = DVC["stages"]
@@ -108,15 +108,15 @@ def test_params_cover_what_the_stage_reads(stage: str) -> None:
 
 
 def test_editing_figures_retrains_nothing_and_editing_the_network_does() -> None:
-    figures, unet = Path("src/diffusion/figures.py"), Path("src/diffusion/unet.py")
+    figures, unet = Path("src/diffusion/report/figures.py"), Path("src/diffusion/model/unet.py")
     assert [s for s in STAGES if figures in code_deps(s)] == ["report"]
     assert unet in code_deps("train")
-    assert unet in {p.relative_to(REPO) for p in import_closure(REPO / "src/diffusion/training.py")}
+    assert unet in {p.relative_to(REPO) for p in import_closure(REPO / "src/diffusion/training/loop.py")}
 
 
 def test_the_training_fingerprint_covers_what_training_imports() -> None:
     """provenance.import_closure (modulefinder) against this file's own walk."""
-    script = REPO / "src/diffusion/training.py"
+    script = REPO / "src/diffusion/training/loop.py"
     assert {p.relative_to(REPO) for p in import_closure(script)} == closure(script)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from test_stages import run, run_all, start, write_params
+from helpers.commands import run, run_all, start, write_params
 
-from diffusion import judge, paths
-from diffusion.reference import Reference
+from diffusion import paths
+from diffusion.metrics.reference import Reference
+from diffusion.pipeline import evaluate
 
 
 @pytest.mark.parametrize("lost", ["config", "fingerprint", "run_id", "step"])
@@ -52,7 +53,7 @@ def test_samples_of_another_model_are_not_scored(workspace: Path) -> None:
 def test_what_stays_in_memory_is_no_condition_of_a_distance() -> None:
     about = {"samples": 12, "reference": {"split": "train", "images": 20, "sha256": "f", "kept": 10_000}}
     other, less = {**about["reference"], "sha256": "e"}, {**about["reference"], "kept": 0}
-    same = [judge._conditions({**about, "reference": key}) for key in (about["reference"], less, other)]
+    same = [evaluate._conditions({**about, "reference": key}) for key in (about["reference"], less, other)]
     assert same[0] == same[1] != same[2]
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import REPO
-from stores import CONFIG, client_of, open_run
-from test_dvc import Project, ran
+from helpers.dvc_project import Project, ran
+from helpers.project import REPO
+from helpers.stores import CONFIG, client_of, open_run
 
-from diffusion import config, paths, pipeline, project_run, tracking
+from diffusion import config, paths
+from diffusion.pipeline import experiment
+from diffusion.tracking import mlproject_run
 from stages import stage
 
 pytest.importorskip("mlflow")
@@ -109,7 +111,7 @@ class TestRun:
         older = open_run(tmp_path / "a")
         older.close("KILLED")
         for write in (
-            lambda: tracking.attach(CONFIG, older.run_id, stage="sample", journal=tmp_path / "a/journal.jsonl"),
+            lambda: runs.attach(CONFIG, older.run_id, stage="sample", journal=tmp_path / "a/journal.jsonl"),
             lambda: open_run(tmp_path / "a"),  # resumed
         ):
             opened = self.opened(database, monkeypatch)
@@ -127,7 +129,7 @@ class TestRun:
     ) -> None:
         for run_id in ("0" * 32, "no id at all '"):
             monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
-            assert project_run.adopt(client_of(database), CONFIG.experiment, "n") is None
+            assert mlproject_run.adopt(client_of(database), CONFIG.experiment, "n") is None
             tracker = open_run(tmp_path / run_id[:2])
             tracker.close("FINISHED")
             assert tracker.run_id not in (None, run_id)
@@ -156,7 +158,7 @@ class TestReproduce:
 
         monkeypatch.setattr(subprocess, "run", run)
         monkeypatch.setattr(paths, "PARAMS", REPO / "params.yaml")
-        assert pipeline.reproduce(params) == 7
+        assert experiment.reproduce(params) == 7
         return seen[0][1:]
 
     def test_the_file_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:

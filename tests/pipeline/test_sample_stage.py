@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from helpers.commands import run, run_all, start, write_params
+from helpers.worlds import in_world
 from PIL import Image
-from test_stages import run, run_all, start, write_params
-from worlds import in_world
 
-from diffusion import config, draw, judge, paths, reference, sampling, tracking
+from diffusion import config, paths
 from diffusion.distributed import World
-from diffusion.parts import Parts
-from diffusion.provenance import import_closure
+from diffusion.pipeline import evaluate, reference, sample
+from diffusion.sampling import generation
+from diffusion.sampling.partial import Parts
+from diffusion.tracking import runs
+from diffusion.training.identity import import_closure
 
 OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
 
@@ -50,15 +53,15 @@ def png_files_are(images: np.ndarray) -> None:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """Notes the batches that are drawn; raises `error` in the place of batch number `at`."""
     seen: dict[str, object] = {"drawn": [], "at": None, "error": None}
-    draw = sampling.Drawing._draw
+    draw = generation.Drawing._draw
 
-    def noting(self: sampling.Drawing, part: range) -> object:
+    def noting(self: generation.Drawing, part: range) -> object:
         if len(seen["drawn"]) == seen["at"]:  # type: ignore[arg-type]
             raise seen["error"]  # type: ignore[misc]
         seen["drawn"].append(part)  # type: ignore[attr-defined]
         return draw(self, part)
 
-    monkeypatch.setattr(sampling.Drawing, "_draw", noting)
+    monkeypatch.setattr(generation.Drawing, "_draw", noting)
     return seen  # type: ignore[return-value]
 
 
@@ -153,8 +156,8 @@ def test_who_draws_other_samples_here_is_kept_out_too(trained: Path) -> None:
 
 def test_the_networks_code_is_part_of_what_images_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     scripts: list[Path] = []
-    monkeypatch.setattr(draw, "code_digest", lambda script: scripts.append(script) or "digest")
-    draw._code()
+    monkeypatch.setattr(sample, "code_digest", lambda script: scripts.append(script) or "digest")
+    sample._code()
     names = {path.name for script in scripts for path in import_closure(script)}
     assert names >= {"unet.py", "layers.py", "samplers.py", "schedules.py", "noise.py", "parameterization.py"}
 
@@ -183,7 +186,7 @@ def test_a_process_that_is_kept_out_leaves_the_run_alone(
     batches |= {"at": 1, "error": KeyboardInterrupt()}
     run("sample")
     (lock,) = [folder / "lock" for folder in paths.RUNS.glob("*/samples-*")]
-    monkeypatch.setattr(tracking, "attach", lambda *_, **__: pytest.fail("it attaches to the run"))
+    monkeypatch.setattr(runs, "attach", lambda *_, **__: pytest.fail("it attaches to the run"))
     with FileLock(lock):
         result = run("sample")
     assert result.exit_code == 2
@@ -232,12 +235,12 @@ def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
     """The three stages that ranks share, in a process of `in_world`, which has joined already."""
     os.chdir(folder)
     paths.RUNS = folder / "runs"
-    for module in (draw, reference, judge):
+    for module in (sample, reference, evaluate):
         module.joined = lambda _: contextlib.nullcontext((world, device))  # type: ignore[attr-defined]
     params = config.load("params.yaml")
-    draw.draw(params)
+    sample.draw(params)
     reference.write_references(params)
-    judge.judge(params)
+    evaluate.judge(params)
 
 
 @pytest.mark.slow

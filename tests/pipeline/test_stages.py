@@ -1,46 +1,22 @@
 """The real stage commands, shrunk, on synthetic images, in a folder of their own."""
 
 import csv
-import importlib
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import REPO, TINY
+from helpers.commands import run, run_all, start, wait_for_checkpoint, write_params
+from helpers.project import REPO
 from PIL import Image
-from ruamel.yaml import YAML
 from safetensors.numpy import load_file
 
 from diffusion import config, paths
 
-STAGES = ("download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report")
 RECIPES = ["params.yaml", *(f"params/{p.name}" for p in sorted(REPO.glob("params/*.yaml")))]
-
-
-def write_params(recipe: str = "params.yaml", **overrides: Any) -> None:
-    """Write params.yaml of the working folder: `recipe`, shrunk."""
-    tree = config.to_dict(config.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}))
-    YAML().dump(tree, Path("params.yaml"))
-
-
-def run(stage: str, *arguments: str) -> Result:
-    return CliRunner().invoke(importlib.import_module(f"stages.{stage}").main, arguments, catch_exceptions=False)
-
-
-def run_all(*stages: str) -> None:
-    for stage in stages or STAGES[1:]:
-        result = run(stage)
-        assert result.exit_code == 0, f"{stage}: {result.output}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -108,34 +84,6 @@ def test_save_png_false_saves_no_png(workspace: Path) -> None:
     assert paths.SAMPLES_NPZ.exists()
 
 
-def start(*module: str) -> subprocess.Popen[str]:
-    """`python -m` module, with its arguments, in this folder."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{REPO}/src:{REPO}",
-        "DVC_ROOT": str(Path.cwd()),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", *module],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # a suite that a shell runs in the background ignores SIGINT, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_checkpoint(after: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(int(p.name[5:13]) >= after for p in paths.RUNS.glob("*/step_*.pt")):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint: {process.stderr.read() if process.poll() is not None else ''}")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_number: int) -> None:
@@ -172,7 +120,7 @@ def test_a_full_gpu_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch
 
     write_params()
     run_all("prepare")
-    monkeypatch.setattr("diffusion.training.Trainer.step", full)
+    monkeypatch.setattr("diffusion.training.loop.Trainer.step", full)
     result = run("train")
     assert result.exit_code == 2
     assert result.output.splitlines()[-1].startswith("error: the GPU's memory is full")
@@ -295,7 +243,7 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
         raise ValueError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.report._write", fail)
+        patch.setattr("diffusion.report.page._write", fail)
         with pytest.raises(ValueError, match="no room"):
             run("report")
     failed = client.get_run(found.info.run_id)

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import config, fit
-from diffusion.journal import NullTracker
+from diffusion import config
+from diffusion.pipeline import train
+from diffusion.tracking.journal import NullTracker
 
 
 def test_the_params_file_that_is_uploaded_has_no_passwords(
     tiny: Callable[..., config.Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "_described_data", lambda: dict.fromkeys(("name", "digest", "source"), ""))
+    monkeypatch.setattr(train, "_described_data", lambda: dict.fromkeys(("name", "digest", "source"), ""))
     params = tiny(**{"tune.storage": "postgresql://me:secret@host/db"})
-    fit._describe(params, tmp_path, NullTracker())
+    train._describe(params, tmp_path, NullTracker())
     uploaded = config.load(tmp_path / "params.yaml")
     assert uploaded.tune.storage is None
     assert "secret" not in (tmp_path / "params.yaml").read_text()
@@ -28,4 +29,4 @@ def test_a_runs_name_has_three_digits_of_the_learning_rate(
     tiny: Callable[..., config.Params], lr: float, words: str
 ) -> None:
     schedules = {"train.lr_schedule": "linear", "diffusion.schedule": "cosine", "diffusion.prediction": "v"}
-    assert fit.run_name(tiny(**schedules, **{"train.lr": lr})) == f"{words}-linear-cosine-v"
+    assert train.run_name(tiny(**schedules, **{"train.lr": lr})) == f"{words}-linear-cosine-v"

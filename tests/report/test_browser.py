@@ -18,11 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO
-from stores import client_of, free_port, wait_for
-from test_stages import run_all, write_params
+from helpers.commands import run_all, write_params
+from helpers.project import REPO
+from helpers.stores import client_of, free_port, wait_for
 
-from diffusion import config, fit, paths, tracking, ui
+from diffusion import config, paths
+from diffusion.pipeline import train
+from diffusion.tracking import runs, ui
 
 pytest.importorskip("mlflow")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,7 +81,7 @@ def pages(folder: Path) -> Iterator[tuple[str, str]]:
     """`make ui` at work in `folder`: the address that it prints, and that of the server."""
     server = f"http://127.0.0.1:{free_port()}"
     environment = {**os.environ, "PYTHONPATH": f"{REPO}/src", "DVC_ROOT": str(folder), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "diffusion.ui", "--port", server.rsplit(":", 1)[1]]
+    command = [sys.executable, "-m", "diffusion", "ui", "--port", server.rsplit(":", 1)[1]]
     log = (folder / "ui.log").open("wb")
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
@@ -164,11 +166,11 @@ def test_one_screen_shows_which_of_ten_runs_is_best_and_why(workspace: Path, mon
     scores = {}
     for number, (schedule, lr) in enumerate(itertools.product(("cosine", "linear"), rates)):
         params = config.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
-        tracker = tracking.open_run(params.tracking, name=fit.run_name(params), run_folder=paths.RUNS / f"{number}")
-        with tracking.closing_status(tracker, "train"):
+        tracker = runs.open_run(params.tracking, name=train.run_name(params), run_folder=paths.RUNS / f"{number}")
+        with runs.closing_status(tracker, "train"):
             tracker.params(config.flat(config.trained(params)))
-            scores[fit.run_name(params)] = 200.0 + 37 * number % 10  # all differ
-            tracker.metrics({"best/val_loss": 0.1, "evaluate/fd_lite0_2k": scores[fit.run_name(params)]}, 8)
+            scores[train.run_name(params)] = 200.0 + 37 * number % 10  # all differ
+            tracker.metrics({"best/val_loss": 0.1, "evaluate/fd_lite0_2k": scores[train.run_name(params)]}, 8)
     with pages(workspace) as (address, _):
         table = browse(address, workspace)
     assert table.names == sorted(scores, key=scores.__getitem__)

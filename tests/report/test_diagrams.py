@@ -1,10 +1,11 @@
 import numpy as np
 import torch
-from conftest import REPO
+from helpers.project import REPO
 
-from diffusion import config, diagrams, figures
-from diffusion.schedules import SCHEDULES
-from diffusion.unet import Block, UNet
+from diffusion import config
+from diffusion.model.schedules import SCHEDULES
+from diffusion.model.unet import Block, UNet
+from diffusion.report import diagrams, figures
 
 
 def test_the_diagram_has_every_layer_as_the_data_pass_it() -> None:

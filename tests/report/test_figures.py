@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import figures
 from diffusion.config import DiffusionConfig
-from diffusion.schedules import SCHEDULES, make_schedule
+from diffusion.model.schedules import SCHEDULES, make_schedule
+from diffusion.report import figures
 
 LOSSES = [{"step": 10.0 * i, "loss": 1.0 / i, "loss_smoothed": 1.1 / i} for i in range(1, 20)]
 VALIDATION = [{"step": 50.0, "val_loss": 0.4}, {"step": 100.0, "val_loss": 0.2}, {"step": 150.0, "val_loss": 0.3}]

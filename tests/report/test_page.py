@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import config, images, paths
+from diffusion import config, paths
+from diffusion.data import grids
 from diffusion.errors import UserError
-from diffusion.report import report
-from diffusion.unet import UNet
+from diffusion.model.unet import UNet
+from diffusion.pipeline.report import report
 
 
 @pytest.fixture
@@ -24,9 +25,9 @@ def outputs(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(paths.SAMPLES_NPZ, images=pictures)
     trained = {section: config.to_dict(getattr(tiny(), section)) for section in ("diffusion", "model")}
     paths.SAMPLES_CARD.write_text(json.dumps({"fingerprint": "f", "run_id": None, "trained": trained}))
-    images.save_png(pictures[0], paths.SAMPLES / "denoising.png")
-    images.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
-    images.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
+    grids.save_png(pictures[0], paths.SAMPLES / "denoising.png")
+    grids.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
+    grids.save_png(pictures[0], paths.PREVIEWS / "step_000500_denoising.png")
     paths.LOSS_CSV.write_text("step,loss,loss_smoothed,lr,grad_norm\n10,0.5,0.5,0.001,1.0\n")
     paths.VAL_LOSS_CSV.write_text("step,val_loss\n10,0.4\n")
     paths.FD_CSV.write_text("step,fd_lite0\n")
@@ -63,7 +64,7 @@ def test_distances_and_closest_pairs_are_shown_if_there_are_any(outputs: Path, t
     with Image.open(paths.REPORT / "copies_lite0_12.png") as picture:
         shown = np.asarray(picture)
     with np.load(paths.SAMPLES_NPZ) as archive:
-        sample = images.grid(archive["images"][3:4], columns=1, scale=3)
+        sample = grids.grid(archive["images"][3:4], columns=1, scale=3)
     assert (shown[20:116, 20:116] == sample).all()  # the first pair's sample, above its training image
 
 
@@ -78,7 +79,7 @@ def test_a_missing_input_is_one_line(outputs: Path, tiny, path: Path) -> None:
 def test_a_long_training_shows_six_steps_from_first_to_last(outputs: Path, tiny) -> None:
     for step in range(1000, 41_000, 1000):
         for kind in ("", "_denoising"):
-            images.save_png(np.zeros((4, 4, 3), np.uint8), paths.PREVIEWS / f"step_{step:06d}{kind}.png")
+            grids.save_png(np.zeros((4, 4, 3), np.uint8), paths.PREVIEWS / f"step_{step:06d}{kind}.png")
     report(tiny(**{"tracking.enabled": False}))
     shown = re.findall(r'alt="samples, step ([\d,]+)"', (paths.REPORT / "index.html").read_text())
     assert len(shown) == 6

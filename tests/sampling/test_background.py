@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.background import Background
 from diffusion.errors import UserError
+from diffusion.sampling.background import Background
 
 
 def test_calls_are_made_in_order_and_all_before_the_end() -> None:

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import sampling
 from diffusion.config import trained
 from diffusion.errors import UserError
-from diffusion.export import load_model, save_model
-from diffusion.parameterization import Denoiser, Prediction
-from diffusion.schedules import make_schedule
-from diffusion.unet import UNet
+from diffusion.model.denoiser import Denoiser, Prediction
+from diffusion.model.model_file import load_model, save_model
+from diffusion.model.schedules import make_schedule
+from diffusion.model.unet import UNet
+from diffusion.sampling import generation, panels
 
 CPU = torch.device("cpu")
 
@@ -39,23 +39,23 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in(
     sets = []
     for batch_size in (1, 5, 12):
         sized = dataclasses.replace(config, batch_size=batch_size)
-        sets.append(torch.cat(list(sampling.generate(denoiser, sized, 7, range(12), CPU))))
+        sets.append(torch.cat(list(generation.generate(denoiser, sized, 7, range(12), CPU))))
     for other in sets[1:]:
         assert int((sets[0].int() - other.int()).abs().max()) <= 1  # float rounding may differ between batch shapes
     assert not sets[0][0].equal(sets[0][1])
-    later = torch.cat(list(sampling.generate(denoiser, config, 7, range(9, 12), CPU)))
+    later = torch.cat(list(generation.generate(denoiser, config, 7, range(9, 12), CPU)))
     assert int((later.int() - sets[0][9:].int()).abs().max()) <= 1
 
 
 def test_an_images_class_does_not_depend_on_the_batch(tiny) -> None:
-    assert sampling.labels_of(tiny().sample, None, range(3)) is None
-    assert sampling.labels_of(tiny().sample, 10, range(8, 13)).tolist() == [8, 9, 0, 1, 2]
+    assert generation.labels_of(tiny().sample, None, range(3)) is None
+    assert generation.labels_of(tiny().sample, 10, range(8, 13)).tolist() == [8, 9, 0, 1, 2]
     config = dataclasses.replace(tiny().sample, labels=(3, 5, 7))
-    assert sampling.labels_of(config, 10, range(2, 6)).tolist() == [7, 3, 5, 7]
+    assert generation.labels_of(config, 10, range(2, 6)).tolist() == [7, 3, 5, 7]
     with pytest.raises(UserError, match="classes from 0 to 6"):
-        sampling.labels_of(config, 7, range(2))
+        generation.labels_of(config, 7, range(2))
     with pytest.raises(UserError, match="knows no classes"):
-        sampling.labels_of(config, None, range(2))
+        generation.labels_of(config, None, range(2))
 
 
 def test_guided_images_do_not_depend_on_the_batch(tiny) -> None:
@@ -67,32 +67,32 @@ def test_guided_images_do_not_depend_on_the_batch(tiny) -> None:
     sets = []
     for batch_size in (2, 7):
         config = dataclasses.replace(tiny().sample, guidance=2.0, batch_size=batch_size)
-        sets.append(torch.cat(list(sampling.generate(denoiser, config, 7, range(7), CPU))).int())
+        sets.append(torch.cat(list(generation.generate(denoiser, config, 7, range(7), CPU))).int())
     assert int((sets[0] - sets[1]).abs().max()) <= 1
     plain = dataclasses.replace(tiny().sample, batch_size=7)
-    assert not torch.cat(list(sampling.generate(denoiser, plain, 7, range(7), CPU))).int().equal(sets[1])
+    assert not torch.cat(list(generation.generate(denoiser, plain, 7, range(7), CPU))).int().equal(sets[1])
 
 
 def test_another_seed_is_another_set(tiny, denoiser: Denoiser) -> None:
     config = tiny().sample
-    one, other = (torch.cat(list(sampling.generate(denoiser, config, seed, range(4), CPU))) for seed in (0, 1))
+    one, other = (torch.cat(list(generation.generate(denoiser, config, seed, range(4), CPU))) for seed in (0, 1))
     assert all(not a.equal(b) for a, b in zip(one, other, strict=True))
 
 
 def test_stages_begin_with_noise_and_end_with_the_image(tiny, denoiser: Denoiser) -> None:
     config = tiny().sample
-    frames = sampling.stages(denoiser, config, 0, range(3), CPU, columns=4)
+    frames = panels.stages(denoiser, config, 0, range(3), CPU, columns=4)
     assert frames.shape == (4, 3, 32, 32, 3)
-    assert frames[-1].equal(torch.cat(list(sampling.generate(denoiser, config, 0, range(3), CPU))))
-    x_T = next(iter(sampling.trajectory(denoiser, config, 0, range(3), CPU)))
-    assert frames[0].equal(sampling.to_uint8(x_T))
+    assert frames[-1].equal(torch.cat(list(generation.generate(denoiser, config, 0, range(3), CPU))))
+    x_T = next(iter(generation.trajectory(denoiser, config, 0, range(3), CPU)))
+    assert frames[0].equal(generation.to_uint8(x_T))
 
 
 def test_more_steps_than_the_model_has_are_one_line(tiny, denoiser: Denoiser) -> None:
     known = denoiser.schedule.num_steps
     config = dataclasses.replace(tiny().sample, steps=known + 1)
     with pytest.raises(UserError, match=f"sample.steps = {known + 1}: this model has {known} steps"):
-        next(iter(sampling.trajectory(denoiser, config, 0, range(1), CPU)))
+        next(iter(generation.trajectory(denoiser, config, 0, range(1), CPU)))
 
 
 def test_a_model_comes_back_as_it_was_saved(tiny, tmp_path: Path) -> None:
@@ -148,13 +148,13 @@ def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, opt
     config = dataclasses.replace(tiny().sample, batch_size=10, **options)
     small = Small(denoiser.net, denoiser.schedule, "v", clip_x0=True)
     progress: list[float] = []
-    drawing = sampling.Drawing(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
+    drawing = generation.Drawing(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
     drawn = list(drawing.batches([range(10), range(10, 13)]))
     assert sum(progress) == pytest.approx(13)
     assert len(progress) > 5 * config.steps  # five batches that fit, told of step by step
     assert [i for indices, _ in drawn for i in indices] == list(range(13))
     assert drawing.size == small.largest == 3
-    alone = torch.cat(list(sampling.generate(denoiser, dataclasses.replace(config, batch_size=3), 7, range(13), CPU)))
+    alone = torch.cat(list(generation.generate(denoiser, dataclasses.replace(config, batch_size=3), 7, range(13), CPU)))
     found = torch.cat([images() for _, images in drawn])
     assert int((found.int() - alone.int()).abs().max()) <= 1  # float rounding may differ between batch shapes
     small.most = 0
@@ -165,12 +165,12 @@ def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, opt
 def test_null_makes_batches_of_about_equal_size(tiny, denoiser: Denoiser) -> None:
     config = dataclasses.replace(tiny().sample, batch_size=None)
     for images in (1, 7, 255, 256, 257, 2000, 2048):
-        size = sampling.batch_size(denoiser, config, images, CPU)
-        lengths = [len(batch) for batch in sampling.cut(range(images), size)]
+        size = generation.batch_size(denoiser, config, images, CPU)
+        lengths = [len(batch) for batch in generation.cut(range(images), size)]
         assert max(lengths) <= 256
         assert len(lengths) == -(-images // 256)
         assert max(lengths) - min(lengths) < len(lengths)
-    assert sampling.batch_size(denoiser, dataclasses.replace(config, batch_size=100), 30, CPU) == 30
+    assert generation.batch_size(denoiser, dataclasses.replace(config, batch_size=100), 30, CPU) == 30
 
 
 def test_a_compiled_network_sees_one_shape(tiny, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,10 +185,10 @@ def test_a_compiled_network_sees_one_shape(tiny, denoiser: Denoiser, monkeypatch
         return run
 
     config = dataclasses.replace(tiny().sample, batch_size=5, steps=3)
-    plain = torch.cat(list(sampling.generate(denoiser, config, 7, range(12), CPU)))
+    plain = torch.cat(list(generation.generate(denoiser, config, 7, range(12), CPU)))
     monkeypatch.setattr(torch, "compile", compiler)
     on = dataclasses.replace(config, compile="on")
-    compiled = torch.cat(list(sampling.generate(denoiser, on, 7, range(12), CPU)))
+    compiled = torch.cat(list(generation.generate(denoiser, on, 7, range(12), CPU)))
     assert len(shapes) == 1 + 3 * 3
     assert len(set(shapes)) == 1
     assert int((compiled.int() - plain.int()).abs().max()) <= 1
@@ -204,8 +204,8 @@ def test_a_compiler_that_fails_is_an_error_only_if_it_must_work(
     monkeypatch.setattr(torch, "compile", lambda net, **_: fail)
     on = dataclasses.replace(tiny().sample, compile="on")
     with pytest.raises(UserError, match=r"sample\.compile is on and compiling fails here \(no C compiler found\)"):
-        list(sampling.generate(denoiser, on, 0, range(2), CPU))
-    assert sampling._compiled(denoiser, on, 2, CPU, must=False) is None
+        list(generation.generate(denoiser, on, 0, range(2), CPU))
+    assert generation._compiled(denoiser, on, 2, CPU, must=False) is None
     assert "not compiled (no C compiler found)" in capsys.readouterr().err
 
 
@@ -223,7 +223,7 @@ class Reads(TorchDispatchMode):
 def test_the_steps_read_nothing_back(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
     config = dataclasses.replace(tiny().sample, **options)
     with Reads() as reads:
-        for _ in sampling.trajectory(denoiser, config, 0, range(2), CPU):
+        for _ in generation.trajectory(denoiser, config, 0, range(2), CPU):
             pass
         assert reads.count == 0
         float(torch.zeros(1))

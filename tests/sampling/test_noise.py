@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 
-from diffusion.noise import generators, standard_normals
+from diffusion.sampling.noise import generators, standard_normals
 
 CPU = torch.device("cpu")
 

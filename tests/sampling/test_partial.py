@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from diffusion.errors import UserError
-from diffusion.parts import Parts, missing
-from diffusion.sampling import cut
+from diffusion.sampling.generation import cut
+from diffusion.sampling.partial import Parts, missing
 
 
 def pictures(indices: range) -> np.ndarray:

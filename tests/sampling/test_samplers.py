@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPO
+from helpers.project import REPO
 from torch import Tensor
 
 from diffusion import config
-from diffusion.parameterization import Denoiser, Prediction
-from diffusion.process import signal_and_noise
-from diffusion.samplers import SAMPLERS, configured, ddim, ddpm, evaluations
-from diffusion.schedules import SCHEDULES, NoiseSchedule, make_schedule, sampling_timesteps
+from diffusion.model.denoiser import Denoiser, Prediction
+from diffusion.model.process import signal_and_noise
+from diffusion.model.schedules import SCHEDULES, NoiseSchedule, make_schedule
+from diffusion.sampling.samplers import SAMPLERS, configured, ddim, ddpm, evaluations
+from diffusion.sampling.spacings import sampling_timesteps
 
 MU, SIGMA = 0.3, 0.5
 

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from served import described, params_of, write_model
-from stores import client_of, close_in_time, open_run, warnings
+from helpers.served import described, params_of, write_model
+from helpers.stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import config, judge, mlflow_store, paths, registry, sampling, serving
+from diffusion import config, paths
 from diffusion.errors import UserError
-from diffusion.export import load_denoiser, read_card
-from diffusion.journal import NullTracker
-from diffusion.sync import sync
+from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.pipeline import evaluate
+from diffusion.sampling import generation
+from diffusion.serving import registry, server
+from diffusion.tracking import mlflow_store
+from diffusion.tracking.journal import NullTracker
+from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -142,7 +146,7 @@ def test_scores_that_decide_nothing_are_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     card = read_card(write_model(tmp_path / "models", params_of()))
-    judge._register("faces", card, config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
+    evaluate._register("faces", card, config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: evaluate.measures lacks frechet")
 
@@ -151,7 +155,7 @@ def test_a_version_that_the_pipeline_did_not_register_is_not_served(client: Any,
     client.create_registered_model("faces")
     client.create_model_version("faces", tmp_path.as_uri())
     with pytest.raises(UserError, match="version 1 of model faces is not of this pipeline"):
-        serving.fetch("faces", 1)
+        server.fetch("faces", 1)
 
 
 def test_experiments_may_have_names_that_models_may_not(client: Any) -> None:
@@ -170,12 +174,12 @@ def test_the_logged_model_draws_what_the_library_draws(
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     add(1, fd_lite0=1.0)
     params = params_of()
-    there, version = serving.fetch("faces", None)
+    there, version = server.fetch("faces", None)
     assert version == 1
     model = mlflow.pyfunc.load_model(str(there))
     answer = model.predict({"num_images": 7, "seed": 3, "format": "raw"})
     denoiser = load_denoiser(tmp_path / "model 1/model.safetensors", params.sample, torch.device("cpu"))
-    drawn = [*sampling.generate(denoiser, params.sample, 3, range(7), torch.device("cpu"))]
+    drawn = [*generation.generate(denoiser, params.sample, 3, range(7), torch.device("cpu"))]
     np.testing.assert_array_equal(np.array(answer["images"]), torch.cat(drawn).numpy())
     assert not [p for p in there.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     assert model.metadata.signature.inputs.input_names() == ["num_images", "seed", "format"]

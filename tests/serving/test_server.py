@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers.project import REPO
+from helpers.served import described, params_of, write_model
+from helpers.stores import wait_for
 from PIL import Image
-from served import described, params_of, write_model
-from stores import wait_for
 
-from diffusion import api, config, registry, sampling, serving
+from diffusion import config
 from diffusion.errors import UserError
-from diffusion.export import load_denoiser
+from diffusion.model.model_file import load_denoiser
+from diffusion.sampling import generation
+from diffusion.serving import registry, requests, server
 
 pytest.importorskip("mlflow")
 
@@ -46,7 +48,7 @@ def ask(port: int, **inputs: Any) -> tuple[int, Any]:
 
 @pytest.fixture(scope="module")
 def served(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """Port of `python -m diffusion.serving`, run as a user does, and the folder with the weights that it serves."""
+    """Port of `python -m diffusion serve`, run as a user does, and the folder with the weights that it serves."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("served")
@@ -63,7 +65,7 @@ def served(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         port = free.getsockname()[1]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}", "PYTHONPATH": str(REPO / "src")}
     environment |= {"OMP_NUM_THREADS": "1", "DVC_ROOT": str(folder)}
-    command = [sys.executable, "-m", "diffusion.serving", "--port", str(port)]
+    command = [sys.executable, "-m", "diffusion", "serve", "--port", str(port)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
@@ -84,7 +86,9 @@ def drawn(folder: Path, count: int, seed: int, **changes: Any) -> np.ndarray:
     """The same images from the library itself."""
     sample = params_of(**{**CONDITIONAL, **changes}).sample
     cpu = torch.device("cpu")
-    parts = sampling.generate(load_denoiser(folder / "model.safetensors", sample, cpu), sample, seed, range(count), cpu)
+    parts = generation.generate(
+        load_denoiser(folder / "model.safetensors", sample, cpu), sample, seed, range(count), cpu
+    )
     return torch.cat([*parts]).numpy()
 
 
@@ -191,8 +195,8 @@ def test_what_mlflow_itself_refuses_is_one_sentence_too(served: tuple[int, Path]
         assert set(json.loads(answer.read())) == {"error"}
         connection.close()
     refused = {"error_code": "BAD_REQUEST", "message": "Failed to predict data '{}'. \nError: two\n lines"}
-    assert serving.sentence(json.dumps(refused)) == "two lines"
-    assert serving.sentence("Request processing time exceeded limit") == "Request processing time exceeded limit"
+    assert server.sentence(json.dumps(refused)) == "two lines"
+    assert server.sentence("Request processing time exceeded limit") == "Request processing time exceeded limit"
 
 
 def test_it_survives_a_thousand_malformed_bodies(served: tuple[int, Path]) -> None:
@@ -231,24 +235,24 @@ def test_eight_clients_at_once_get_their_own_images(served: tuple[int, Path]) ->
 
 def test_models_without_classes_refuse_them() -> None:
     with pytest.raises(UserError, match="knows no classes"):
-        api.parse({"num_images": 1, "labels": [0]}, None)
+        requests.parse({"num_images": 1, "labels": [0]}, None)
     with pytest.raises(UserError, match="knows no classes"):
-        api.parse({"num_images": 1, "guidance": 2.0}, None)
-    assert api.parse({"num_images": 1, "guidance": 1}, None) == api.Request(1, guidance=1.0)
+        requests.parse({"num_images": 1, "guidance": 2.0}, None)
+    assert requests.parse({"num_images": 1, "guidance": 1}, None) == requests.Request(1, guidance=1.0)
     with pytest.raises(UserError, match="knows no classes"):  # MLflow's schema lacks it
-        serving.check(b'{"inputs": {"num_images": 1, "guidance": 1}}', None)
+        server.check(b'{"inputs": {"num_images": 1, "guidance": 1}}', None)
 
 
 def test_a_model_that_always_knew_the_class_is_not_guided(tmp_path: Path) -> None:
     """The network's row for no class was never trained."""
     known = {"num_images": 1, "labels": [0]}
     with pytest.raises(UserError, match="cannot be guided"):
-        api.parse({**known, "guidance": 2.0}, 10, guidable=False)
-    assert api.parse({**known, "guidance": 1.0}, 10, guidable=False).labels == (0,)
+        requests.parse({**known, "guidance": 2.0}, 10, guidable=False)
+    assert requests.parse({**known, "guidance": 1.0}, 10, guidable=False).labels == (0,)
     for share in (0.0, 0.2):
         params = params_of(**{"model.num_classes": 10, "train.label_dropout": share})
         weights = write_model(tmp_path / str(share), params)
-        assert api.Generator(weights, params.sample).guidable == (share > 0)
+        assert requests.Generator(weights, params.sample).guidable == (share > 0)
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(
@@ -257,10 +261,10 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     def damaged(_: str) -> None:
         raise UserError("model.safetensors cannot be used")
 
-    monkeypatch.setenv(serving.MODEL, "somewhere")
+    monkeypatch.setenv(server.MODEL, "somewhere")
     monkeypatch.setattr("mlflow.pyfunc.load_model", damaged)
     with pytest.raises(SystemExit) as caught:
-        serving.app()
+        server.app()
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: model.safetensors cannot be used\n"
 
@@ -268,7 +272,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
 def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config.write_yaml(params_of(), tmp_path / "params.yaml")
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}", "PYTHONPATH": str(REPO / "src")}
-    command = [sys.executable, "-m", "diffusion.serving"]
+    command = [sys.executable, "-m", "diffusion", "serve"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: model cifar10-diffusion has no champion: run `dvc repro`")

@@ -25,7 +25,7 @@ import psutil
 REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO / "tests"))
 
-from fast_trials import Store  # noqa: E402
+from helpers.fast_trials import Store  # noqa: E402
 
 
 @click.command()

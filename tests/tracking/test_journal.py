@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from stores import warnings
+from helpers.stores import warnings
 
-from diffusion import provenance, tracking
 from diffusion.config import TrackingConfig
-from diffusion.journal import Journal, NullTracker, Tracker, read_journal
+from diffusion.tracking import provenance, runs
+from diffusion.tracking.journal import Journal, NullTracker, Tracker, read_journal
 
 pytest.importorskip("mlflow")
 
@@ -71,7 +71,7 @@ class TestJournal:
     def test_disabled_tracking_is_the_journal_alone(self, database: Path, tmp_path: Path) -> None:
         before = database.read_bytes()
         config = TrackingConfig(enabled=False, experiment="test experiment")
-        tracker = tracking.open_run(config, name="n", run_folder=tmp_path / "run")
+        tracker = runs.open_run(config, name="n", run_folder=tmp_path / "run")
         tracker.metrics({"loss": 1.0}, 1)
         tracker.close("FINISHED")
         assert tracker.run_id is None

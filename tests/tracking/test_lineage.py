@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from test_stages import run_all, write_params
+from helpers.commands import run_all, write_params
 
-from diffusion import config, lineage, paths, provenance
+from diffusion import config, paths
+from diffusion.tracking import lineage, provenance
 
 pytest.importorskip("mlflow")
 
@@ -46,7 +47,7 @@ def test_a_model_says_what_made_it_and_what_came_of_it(workspace: Path, monkeypa
 
 
 def rows_of_tags(run_id: str) -> dict[str, str]:
-    from diffusion.mlflow_store import connect
+    from diffusion.tracking.mlflow_store import connect
 
     tags: dict[str, str] = connect().get_run(run_id).data.tags
     return tags

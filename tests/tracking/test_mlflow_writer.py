@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from helpers.stores import client_of, close_in_time, open_run, warnings
 from PIL import Image
-from stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import mirror, mlflow_store, mlflow_writer
-from diffusion.journal import Journal, read_journal
-from diffusion.mlflow_writer import RunWriter, SystemMetrics
-from diffusion.sync import sync
+from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer
+from diffusion.tracking.journal import Journal, read_journal
+from diffusion.tracking.mlflow_writer import RunWriter, SystemMetrics
+from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -36,7 +36,7 @@ def send_again(journal: Path, run_id: str) -> None:
     """As a replay does whose mark was lost."""
     writer = RunWriter(mlflow_store.connect(), run_id)
     for event in read_journal(journal):
-        if event.kind in mirror.FILES:
+        if event.kind in mlflow_tracker.FILES:
             writer.upload([event])
         elif event.kind not in ("open", "close"):
             writer.send([event])

@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import client_of, close_in_time, free_port, journal_points, open_run, server, stored_points, wait_for
-from test_stages import run, write_params
+from helpers.commands import run, write_params
+from helpers.stores import (
+    client_of,
+    close_in_time,
+    free_port,
+    journal_points,
+    open_run,
+    server,
+    stored_points,
+    wait_for,
+)
 
-from diffusion import fit, mirror, mlflow_store, mlflow_writer, outbox, paths, tracking
+from diffusion import paths
 from diffusion.config import TrackingConfig
-from diffusion.journal import Tracker
-from diffusion.sync import sync
+from diffusion.pipeline import train
+from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer, retry_queue, runs
+from diffusion.tracking.journal import Tracker
+from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -26,9 +37,9 @@ NOBODY = "http://127.0.0.1:9"
 
 @pytest.fixture(autouse=True)
 def impatient(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mirror, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 0.2)
     every = {"log_every": 1, "validate_every": 10, "preview_every": STEPS, "checkpoint_every": STEPS}
     write_params(**{"tracking.enabled": True, "train.steps": STEPS, **{f"train.{k}": v for k, v in every.items()}})
     assert run("prepare").exit_code == 0
@@ -36,20 +47,20 @@ def impatient(workspace: Path, database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `act` happen in the training, before what is logged of `step`."""
-    real = fit._show
+    real = train._show
 
     def show(record: Any, *args: Any) -> None:
         if record.step == step:
             act()
         real(record, *args)
 
-    monkeypatch.setattr(fit, "_show", show)
+    monkeypatch.setattr(train, "_show", show)
 
 
 def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `act` happen after the first points that are written while the run is being closed."""
-    monkeypatch.setattr(mirror, "GATHER_SECONDS", 1000.0)  # all waits for the end
-    monkeypatch.setattr(outbox, "POINTS_PER_BATCH", 100)
+    monkeypatch.setattr(mlflow_tracker, "GATHER_SECONDS", 1000.0)  # all waits for the end
+    monkeypatch.setattr(retry_queue, "POINTS_PER_BATCH", 100)
     real = mlflow_writer.RunWriter.send
 
     def send(self: Any, batch: Any) -> None:
@@ -60,7 +71,7 @@ def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlflow_writer.RunWriter, "send", send)
 
 
-def train() -> tuple[str, Path]:
+def trained() -> tuple[str, Path]:
     """The stage itself: its output, and the journal that it left."""
     result = run("train")
     assert result.exit_code == 0, result.output
@@ -105,7 +116,7 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
                 at_step(MIDDLE, kill_in_the_middle, patch)
             else:
                 in_close(kill, patch)
-            said, journal = train()
+            said, journal = trained()
     run_id = (journal.parent / "mlflow_run_id").read_text().strip()
     stored = stored_points(database, run_id)
     assert (len(stored) == 0) == (moment == "before the first batch")
@@ -116,9 +127,7 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
     with server(database, served, port=port) as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         if moment == "in the middle":  # the next stage sends it, or `make sync`
-            tracker = tracking.attach(
-                TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal
-            )
+            tracker = runs.attach(TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal)
             tracker.close("FINISHED")
         else:
             assert sync(journal, mlflow_store.connect()).startswith("sent")
@@ -133,7 +142,7 @@ def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with monkeypatch.context() as patch:
             at_step(MIDDLE, lambda: send(signal.SIGSTOP), patch)
-            said, journal = train()
+            said, journal = trained()
         send(signal.SIGCONT)
         lines = [line for line in said.splitlines() if line.startswith("tracking:")]
         assert len(lines) <= 2, lines
@@ -146,7 +155,7 @@ def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = tmp_path / "served"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
-    said, journal = train()
+    said, journal = trained()
     assert [line for line in said.splitlines() if line.startswith("tracking:")] == [
         line for line in said.splitlines() if "no MLflow" in line
     ]
@@ -162,8 +171,8 @@ class TestClose:
 
     @pytest.fixture(autouse=True)
     def patient(self, monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
-        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 5.0)
-        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 30.0)
+        monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 5.0)
+        monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 30.0)
         monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
 
     def seconds(self, tracker: Tracker) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from stores import (
+from helpers.stores import (
     CONFIG,
     client_of,
     close_in_time,
@@ -22,10 +22,10 @@ from stores import (
     wait_for,
 )
 
-from diffusion import mirror, mlflow_store, outbox, tracking
-from diffusion.journal import remembered
-from diffusion.mlflow_writer import RunWriter
-from diffusion.sync import sync
+from diffusion.tracking import mlflow_store, mlflow_tracker, retry_queue, runs
+from diffusion.tracking.journal import remembered
+from diffusion.tracking.mlflow_writer import RunWriter
+from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -49,14 +49,14 @@ class TestReplay:
         assert tracker.run_id is None
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         journal = tmp_path / "run/journal.jsonl"
-        later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
+        later = runs.attach(CONFIG, None, stage="sample", journal=journal)
         later.metrics({"sample/seconds": 3.0}, 50)
         close_in_time(later)
         assert stored_points(database, later.run_id or "") == journal_points(journal)
         run = client_of(database).get_run(later.run_id)
         assert run.data.params["train.lr"] == "0.1"
         assert run.info.status == "FINISHED"
-        again = tracking.attach(CONFIG, None, stage="evaluate", journal=journal)
+        again = runs.attach(CONFIG, None, stage="evaluate", journal=journal)
         close_in_time(again)
         assert again.run_id == later.run_id  # remembered beside the journal
 
@@ -74,7 +74,7 @@ class TestReplay:
             assert sync(journal, mlflow_store.connect()) == "sent 2 events"
             run_id = remembered(journal)
         else:
-            later = tracking.attach(CONFIG, None, stage="sample", journal=journal)
+            later = runs.attach(CONFIG, None, stage="sample", journal=journal)
             close_in_time(later)
             run_id = later.run_id
         run = client_of(database).get_run(run_id)
@@ -134,7 +134,7 @@ class TestReplay:
     def test_more_than_an_outage_may_hold_in_memory_is_sent(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(outbox, "MAX_WAITING", 20)
+        monkeypatch.setattr(retry_queue, "MAX_WAITING", 20)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         journal = tmp_path / "run/journal.jsonl"
         tracker = open_run(tmp_path / "run")
@@ -153,7 +153,7 @@ class TestReplay:
             raise ConnectionError("nobody there")
 
         with monkeypatch.context() as patch:
-            patch.setattr(mirror, "CLOSE_SECONDS", 0.2)
+            patch.setattr(mlflow_tracker, "CLOSE_SECONDS", 0.2)
             patch.setattr(RunWriter, "send", down)
             tracker = open_run(folder)
             for step in range(20):
@@ -214,9 +214,9 @@ class TestDeadRuns:
     SCRIPT = """
 import sys, time
 from pathlib import Path
-from diffusion import tracking
+from diffusion.tracking import runs
 from diffusion.config import TrackingConfig
-tracker = tracking.open_run(TrackingConfig(True, "test experiment"), name="dies", run_folder=Path(sys.argv[1]))
+tracker = runs.open_run(TrackingConfig(True, "test experiment"), name="dies", run_folder=Path(sys.argv[1]))
 tracker.metrics({"loss": 1.0}, 1)
 print(tracker.run_id, flush=True)
 time.sleep(600)

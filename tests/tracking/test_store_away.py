@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import (
+from helpers.stores import (
     SECONDS,
     client_of,
     close_in_time,
@@ -21,9 +21,9 @@ from stores import (
     warnings,
 )
 
-from diffusion import mirror, outbox
-from diffusion.journal import unsent
-from diffusion.mlflow_writer import RunWriter
+from diffusion.tracking import mlflow_tracker, retry_queue
+from diffusion.tracking.journal import unsent
+from diffusion.tracking.mlflow_writer import RunWriter
 
 pytest.importorskip("mlflow")
 
@@ -59,7 +59,7 @@ class TestOutage:
     ) -> None:
         from mlflow import MlflowClient
 
-        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.01)
+        monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 0.01)
         real, down, refused = MlflowClient.log_batch, threading.Event(), []
 
         def log_batch(*args: Any, **kwargs: Any) -> Any:
@@ -89,8 +89,8 @@ class TestOutage:
     ) -> None:
         from mlflow import MlflowClient
 
-        monkeypatch.setattr(outbox, "MAX_WAITING", 100)
-        monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.01)
+        monkeypatch.setattr(retry_queue, "MAX_WAITING", 100)
+        monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 0.01)
         real, release = MlflowClient.log_batch, threading.Event()
 
         def log_batch(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ class TestOutage:
         from mlflow import MlflowClient
 
         hung = threading.Event()
-        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 0.2)
         tracker = open_run(tmp_path / "run")
         monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: hung.wait(SECONDS))
         for step in range(10):
@@ -208,7 +208,7 @@ class TestOutage:
             raise ConnectionError("no bucket")
 
         monkeypatch.setattr(MlflowClient, "log_artifact", away)
-        monkeypatch.setattr(mirror, "CLOSE_SECONDS", 0.5)
+        monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 0.5)
         (tmp_path / "f").write_text("x")
         tracker = open_run(tmp_path / "run")
         tracker.artifact(tmp_path / "f")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import augment
 from diffusion.runtime import generator
+from diffusion.training import augment
 
 
 def labels(**changes: float) -> Tensor:

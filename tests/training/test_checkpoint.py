@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion import checkpoint, config
+from diffusion import config
 from diffusion.errors import outside
-from diffusion.export import save_model
+from diffusion.model.model_file import save_model
+from diffusion.training import checkpoint
 
 
 def state(value: float) -> dict[str, object]:

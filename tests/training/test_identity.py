@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusion.config import trained
-from diffusion.fingerprint import fingerprint
+from diffusion.training.identity import fingerprint
 
 
 def test_the_fingerprint_changes_with_params_data_and_code(
@@ -21,7 +21,7 @@ def test_the_fingerprint_changes_with_params_data_and_code(
         fingerprint(trained(tiny(seed=1)), "a"),
     }
     assert fingerprint(config, "a") in names
-    monkeypatch.setattr("diffusion.fingerprint.code_digest", lambda _: "edited")
+    monkeypatch.setattr("diffusion.training.identity.code_digest", lambda _: "edited")
     names.add(fingerprint(config, "a"))
     assert len(names) == 5
     for same_training in ("sample.num_images", "train.processes", "train.micro_batch"):

@@ -7,26 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.states import same
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion import augment, checkpoint, training
 from diffusion.config import trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.loss import Loss
 from diffusion.runtime import compiled
-from diffusion.training import Trainer, train
+from diffusion.training import augment, checkpoint, loop
+from diffusion.training.loop import Trainer, train
+from diffusion.training.loss import Loss
 
 CPU = torch.device("cpu")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, for nested dicts and lists of tensors and numbers."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,7 +75,7 @@ def test_training_is_plain_adamw_on_the_mean_squared_error(tiny, tiny_data, tmp_
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, config.train.adam_beta2), weight_decay=0.0, fused=False)
     for k in range(3):
         trainer.step()
-        source = training.generator(config.seed, "train", k)
+        source = loop.generator(config.seed, "train", k)
         x0 = twin.batches(k)
         t = torch.randint(50, (4,), generator=source)
         eps = torch.empty_like(x0).normal_(generator=source)
@@ -139,7 +131,7 @@ def test_a_training_goes_on_in_the_precision_that_it_began_with(
 ) -> None:
     config = trained(tiny(**{"train.precision": "auto"}))
     for chosen_here in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(training, "resolve_precision", lambda *_, chosen=chosen_here: chosen)
+        monkeypatch.setattr(loop, "resolve_precision", lambda *_, chosen=chosen_here: chosen)
         trainer = Trainer(config, tiny_data, tmp_path, CPU)
         assert trainer.dtype == trainer.loss.dtype == torch.bfloat16
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion.loss import TIMESTEPS, Loss, min_snr_weight, own_weight
+from diffusion.model.schedules import make_schedule
 from diffusion.runtime import generator
-from diffusion.schedules import make_schedule
+from diffusion.training.loss import TIMESTEPS, Loss, min_snr_weight, own_weight
 
 
 def training(loss: Loss, net: nn.Module, x0: Tensor, source: torch.Generator) -> Tensor:

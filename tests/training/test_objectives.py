@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import sampling
 from diffusion.config import Params, trained
-from diffusion.data import Dataset, to_tensor
-from diffusion.parameterization import Denoiser
-from diffusion.training import Trainer, train
+from diffusion.data.dataset import Dataset
+from diffusion.data.pixels import to_tensor
+from diffusion.model.denoiser import Denoiser
+from diffusion.sampling import generation
+from diffusion.training.loop import Trainer, train
 
 CPU = torch.device("cpu")
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ def test_sixteen_images_are_memorised(objective: str, tiny, tmp_path: Path) -> N
     """Two of the sixteen are about 0.8 apart: a quarter of that is no other image."""
     data, params = sixteen(), tiny(**{**SMALL, **OBJECTIVES[objective]})
     denoiser = fitted(params, data, tmp_path)
-    drawn = torch.cat([*sampling.generate(denoiser, params.sample, 0, range(32), CPU)])
+    drawn = torch.cat([*generation.generate(denoiser, params.sample, 0, range(32), CPU)])
     distance, which = nearest(drawn, data)
     assert float(distance.median()) < 0.2, distance
     assert len(which.unique()) >= 10
@@ -93,8 +94,8 @@ def test_a_conditional_network_draws_the_class_that_is_asked_for(tiny, tmp_path:
     data = sixteen()
     params = tiny(**{**SMALL, "model.num_classes": 4, "train.label_dropout": 0.2, "sample.guidance": 1.5})
     denoiser = fitted(params, data, tmp_path)
-    drawn = torch.cat([*sampling.generate(denoiser, params.sample, 0, range(32), CPU)])
+    drawn = torch.cat([*generation.generate(denoiser, params.sample, 0, range(32), CPU)])
     _, which = nearest(drawn, data)
-    labels = sampling.labels_of(params.sample, 4, range(32))
+    labels = generation.labels_of(params.sample, 4, range(32))
     accuracy = float((which % 4 == labels).float().mean())
     assert accuracy > 0.9, accuracy

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.ema import EMA, ema_decay
-from diffusion.optim import clipped_step, learning_rate, make_optimizer
+from diffusion.training.ema import EMA, ema_decay
+from diffusion.training.optim import clipped_step, learning_rate, make_optimizer
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.commands import run, run_all, write_params
 from PIL import Image
-from test_stages import run, run_all, write_params
 
-from diffusion import config, paths, sampling
-from diffusion.parameterization import Denoiser
+from diffusion import config, paths
+from diffusion.model.denoiser import Denoiser
+from diffusion.sampling import generation, panels
 
 
 def test_a_training_killed_before_its_only_preview_can_still_finish(
@@ -23,7 +24,7 @@ def test_a_training_killed_before_its_only_preview_can_still_finish(
     write_params(**{"train.preview_every": 100})
     run_all("prepare")
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.fit.write_previews", killed)
+        patch.setattr("diffusion.pipeline.train.write_previews", killed)
         assert run("train").exit_code == 130
     run_all("train")
     assert {p.name for p in paths.PREVIEWS.iterdir()} == {"step_000008.png", "step_000008_denoising.png"}
@@ -38,7 +39,7 @@ def test_a_training_killed_at_a_preview_draws_it_when_it_goes_on(
     write_params(**{"train.preview_every": 4, "train.checkpoint_every": 4})
     run_all("prepare")
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.fit.write_previews", killed)
+        patch.setattr("diffusion.pipeline.train.write_previews", killed)
         assert run("train").exit_code == 130
     run_all("train")
     names = [f"step_{step:06d}{kind}.png" for step in (4, 8) for kind in ("", "_denoising")]
@@ -49,13 +50,13 @@ def test_previews_take_no_more_memory_than_micro_batches_and_stay_the_same(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    stages = sampling.stages
+    stages = panels.stages
 
     def watched(denoiser: Denoiser, how: config.SampleConfig, seed: int, indices: range, *rest: Any) -> torch.Tensor:
         seen.append(len(indices))
         return stages(denoiser, how, seed, indices, *rest)
 
-    monkeypatch.setattr(sampling, "stages", watched)
+    monkeypatch.setattr(generation, "stages", watched)
     pictures = []
     for micro_batch in (None, 1):
         write_params(**{"train.micro_batch": micro_batch, "train.preview_images": 5, "train.preview_every": 8})

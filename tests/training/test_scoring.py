@@ -6,23 +6,22 @@ from typing import BinaryIO
 import numpy as np
 import pytest
 import torch
-from test_training import same
-from worlds import in_world
+from helpers.states import same
+from helpers.worlds import in_world
 
-from diffusion import provenance, scoring
 from diffusion.config import TrainedConfig, trained
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.distributed import World
 from diffusion.errors import UserError
-from diffusion.extraction import moments_of
-from diffusion.fingerprint import fingerprint
 from diffusion.metrics import frechet_distance
-from diffusion.parameterization import Denoiser
-from diffusion.previews import preview_config
-from diffusion.reference import Reference
-from diffusion.sampling import generate
-from diffusion.scoring import Scorer
-from diffusion.training import Trainer, train
+from diffusion.metrics.extraction import moments_of
+from diffusion.metrics.reference import Reference
+from diffusion.model.denoiser import Denoiser
+from diffusion.sampling.generation import generate
+from diffusion.training import identity, scoring
+from diffusion.training.identity import fingerprint
+from diffusion.training.loop import Trainer, train
+from diffusion.training.scoring import Scorer, preview_config
 
 CPU = torch.device("cpu")
 ON = {"train.evaluate_every": 3, "train.evaluate_images": 7, "train.best_by": "fd_lite0"}
@@ -192,7 +191,7 @@ def test_what_is_scored_is_part_of_a_trainings_name_only_if_it_is(
 ) -> None:
     off, on = trained(tiny()), trained(tiny(**ON))
     before = fingerprint(off, "data"), fingerprint(on, "data")
-    original, name = provenance.code_digest, "diffusion.fingerprint.code_digest"
+    original, name = identity.code_digest, "diffusion.training.identity.code_digest"
     monkeypatch.setattr(name, lambda path: original(path) + ("edited" if path.stem == "scoring" else ""))
     assert (fingerprint(off, "data") == before[0], fingerprint(on, "data") == before[1]) == (True, False)
     with pytest.raises(ValueError, match="nothing computes it"):

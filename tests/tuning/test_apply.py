@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from studies import TUNE, fast_trials_at_once
+from helpers.project import REPO
+from helpers.studies import TUNE, fast_trials_at_once
 
-from diffusion import config, paths, tuning, tuning_apply
+from diffusion import config, paths
 from diffusion.errors import UserError
-from diffusion.tuning_store import storage_url
+from diffusion.tuning import apply, search
+from diffusion.tuning.store import storage_url
 
 
 def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
     file.write_text(text)
     (tmp_path / "params.yaml").symlink_to(file)
     best.write_text("train:\n  lr: 1.0e-05\n  flip: false\nmodel:\n  head_channels: null\n")
-    difference = tuning_apply.apply(best, tmp_path / "params.yaml")
+    difference = apply.apply(best, tmp_path / "params.yaml")
     assert (tmp_path / "params.yaml").is_symlink()
     changed = [line for line in difference.splitlines() if line.startswith("+ ")]
     assert [line.split("  #")[0] for line in changed] == ["+  head_channels: null", "+  lr: 1e-05", "+  flip: false"]
@@ -41,7 +42,7 @@ def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
 def test_best_values_that_are_none_are_one_line(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "best.yaml").write_text(text)
     with pytest.raises(UserError, match=words) as caught:
-        tuning_apply.apply(tmp_path / "best.yaml", REPO / "params.yaml")
+        apply.apply(tmp_path / "best.yaml", REPO / "params.yaml")
     assert "\n" not in str(caught.value)
 
 
@@ -49,13 +50,13 @@ def test_values_that_params_do_not_allow_are_not_applied(tmp_path: Path) -> None
     file, best = tmp_path / "params.yaml", tmp_path / "best.yaml"
     file.write_text((REPO / "params.yaml").read_text())
     with pytest.raises(UserError, match="run `make tune` first"):
-        tuning_apply.apply(best, file)
+        apply.apply(best, file)
     best.write_text("{}\n")
     with pytest.raises(UserError, match="no values yet"):
-        tuning_apply.apply(best, file)
+        apply.apply(best, file)
     best.write_text("train:\n  lr: 7\n")
     with pytest.raises(UserError, match=r"params\.yaml: train\.lr = 7"):
-        tuning_apply.apply(best, file)
+        apply.apply(best, file)
     assert file.read_text() == (REPO / "params.yaml").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.yaml", "params.yaml"]
 
@@ -66,11 +67,11 @@ def test_best_values_of_another_recipe_are_warned_of(
     file = place / "params.yaml"
     file.write_text((REPO / "params.yaml").read_text())
     params = config.load(file, TUNE | {"tune.space": config.load(file).tune.space})
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     capsys.readouterr()
     for _ in range(2):  # applying them does not make it another recipe
-        tuning_apply.apply(paths.BEST_YAML, file)
+        apply.apply(paths.BEST_YAML, file)
         assert capsys.readouterr().err == ""
     file.write_text((REPO / "params/gpu.yaml").read_text())
-    tuning_apply.apply(paths.BEST_YAML, file)
+    apply.apply(paths.BEST_YAML, file)
     assert "was found for another recipe" in capsys.readouterr().err

@@ -10,21 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion import config, training
-from diffusion.data import Dataset
-from diffusion.evaluation import evaluate
-from diffusion.export import load_model, save_model
-from diffusion.features import EfficientNetLite0
-from diffusion.loss import Loss
-from diffusion.parameterization import PARAMETERIZATIONS, SIGMA_DATA, Denoiser
-from diffusion.previews import preview_config
-from diffusion.process import signal_and_noise
-from diffusion.reference import make_reference
+from diffusion import config
+from diffusion.data.dataset import Dataset
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import make_reference
+from diffusion.metrics.scores import evaluate
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.model_file import load_model, save_model
+from diffusion.model.parameterization import PARAMETERIZATIONS, SIGMA_DATA
+from diffusion.model.process import signal_and_noise
+from diffusion.model.schedules import NoiseSchedule, make_schedule
 from diffusion.runtime import resolve_device
-from diffusion.sampling import generate
-from diffusion.schedules import NoiseSchedule, make_schedule
-from diffusion.training import Trainer
-from diffusion.tuning_objective import common_error, draw, score
+from diffusion.sampling.generation import generate
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.training.loss import Loss
+from diffusion.training.scoring import preview_config
+from diffusion.tuning.objective import common_error, draw, score
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "edm")
 
@@ -101,7 +103,7 @@ def test_the_score_is_what_the_stages_would_give(
     extractor = EfficientNetLite0()
     reference = make_reference(tiny_data.images[:20].numpy(), "train", extractor, 10, device)
     trained = Trainer(config.trained(params), tiny_data, tmp_path / "run", device)
-    for _ in training.train(trained):
+    for _ in loop.train(trained):
         pass
     save_model(tmp_path / "model.safetensors", trained.best, trained.config, {})
     for parameter in trained.ema.net.parameters():

@@ -5,12 +5,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from postgres import needs_postgres
-from postgres import server as postgres_server
-from stores import close_in_time, free_port, journal_points, open_run, server, wait_for
+from helpers.postgres import needs_postgres
+from helpers.postgres import server as postgres_server
+from helpers.stores import close_in_time, free_port, journal_points, open_run, server, wait_for
 
-from diffusion import mlflow_store, outbox
-from diffusion.sync import sync
+from diffusion.tracking import mlflow_store, retry_queue
+from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, needs_postgres]
@@ -35,7 +35,7 @@ def stored_points(url: str, run_id: str) -> list[Point]:
 def test_a_server_that_is_killed_and_started_again_has_all_of_the_journal(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "MAX_BACKOFF_SECONDS", 0.5)
+    monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 0.5)
     for name in ("early", "late"):
         (tmp_path / name).write_text(f"a {name} file")
     served, journal, port = tmp_path / "served", tmp_path / "run/journal.jsonl", free_port()

@@ -12,24 +12,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fast_trials
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
+from helpers import fast_trials
+from helpers.project import REPO
+from helpers.studies import (
+    SPACE,
+    TUNE,
+    fast_trials_at_once,
+    name_of,
+    states,
+    stop_after,
+    studies,
+    table,
+    write_reference,
+)
 from optuna.exceptions import StorageInternalError
-from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, studies, table, write_reference
 
-from diffusion import config, paths, training, tuning, tuning_trial
+from diffusion import config, paths
 from diffusion.errors import UserError
-from diffusion.fit import StopRequest
-from diffusion.journal import NullTracker, Tracker
-from diffusion.progress import Record
-from diffusion.reference import Reference
-from diffusion.training import Trainer
-from diffusion.tuning_store import storage_url
-from diffusion.tuning_study import SharedStudy
-from diffusion.tuning_trial import Attempt
+from diffusion.interrupts import StopRequest
+from diffusion.metrics.reference import Reference
+from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.training.progress import Record
+from diffusion.tuning import search, trial
+from diffusion.tuning.store import storage_url
+from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.trial import Attempt
 
 
 def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
@@ -38,25 +50,25 @@ def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
     params = tiny(**TUNE | {"tune.trials": 5})
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match=r"stopped after 2 of 5 trials; `make tune` goes on"):
-        tuning.tune(params)
+        search.tune(params)
     assert states() == ["COMPLETE", "COMPLETE", "FAIL"]
     assert [path.parent.name.split("-")[1] for path in paths.RUNS.glob("*/step_00000005-*.pt")] == ["0002"]
     begun: list[int] = []
 
     def watched(trainer: Trainer) -> Iterator[Record]:
         begun.append(trainer.progress.step)
-        return training.train(trainer)
+        return loop.train(trainer)
 
-    monkeypatch.setattr(tuning_trial, "train", watched)
-    tuning.tune(params)
+    monkeypatch.setattr(trial, "train", watched)
+    search.tune(params)
     rows = table()
     assert [row["state"] for row in rows] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert begun == [5, 0, 0], "the stopped training was not resumed"
     assert (rows[2]["reason"], rows[3]["retry_of"]) == ("stopped", "2")
     assert [rows[3][key] for key in SPACE] == [rows[2][key] for key in SPACE]
-    tuning.tune(params)  # nothing left
+    search.tune(params)  # nothing left
     assert len(table()) == 6
-    tuning.tune(tiny(**TUNE | {"tune.trials": 6, "tune.sampler": "random"}))  # the same study goes on
+    search.tune(tiny(**TUNE | {"tune.trials": 6, "tune.sampler": "random"}))  # the same study goes on
     assert states().count("COMPLETE") == 6
     assert len(studies()) == 1
     assert not [*paths.RUNS.glob("*/step_*.pt")], "checkpoints of finished trials stay"
@@ -68,15 +80,15 @@ def test_the_same_study_in_another_store_begins_its_own_trials(
     """Their numbers are those of the first store's, whose checkpoints lie here; their values are not."""
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune(tiny(**TUNE))
+        search.tune(tiny(**TUNE))
     begun: list[int] = []
 
     def watched(trainer: Trainer) -> Iterator[Record]:
         begun.append(trainer.progress.step)
-        return training.train(trainer)
+        return loop.train(trainer)
 
-    monkeypatch.setattr(tuning_trial, "train", watched)
-    tuning.tune(tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/elsewhere.db", "tune.seed": 4}))
+    monkeypatch.setattr(trial, "train", watched)
+    search.tune(tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/elsewhere.db", "tune.seed": 4}))
     assert begun == [0, 0, 0]
 
 
@@ -84,7 +96,7 @@ def test_other_seeds_propose_other_points(place: Path, tiny: Callable[..., confi
     proposed = []
     for seed in (None, 1, 1):
         params = tiny(**TUNE | {"tune.trials": 2, "tune.seed": seed})
-        tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+        search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
         proposed.append(table()[1]["train.lr"])
         paths.OPTUNA_DB.unlink()
     assert proposed[0] != proposed[1] == proposed[2]
@@ -92,7 +104,7 @@ def test_other_seeds_propose_other_points(place: Path, tiny: Callable[..., confi
 
 def test_ctrl_c_while_a_worker_is_started_is_heard_afterwards() -> None:
     with StopRequest() as stop:
-        with tuning._inherited({}):
+        with search._inherited({}):
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # others that tests have would not hold it back
             assert not stop.asked
         assert stop.asked
@@ -125,7 +137,7 @@ def test_applying_the_best_values_or_searching_otherwise_keeps_the_study(
     names = {name_of(tiny(**TUNE | values)) for values in ({}, searched, how, {"tune.seed": 4}, no_settings)}
     assert len(names) == 1
     reference = Reference.load(paths.REFERENCE / "fd_lite0.npz", {"name": "stub"})
-    assert tuning.study_name(tiny(**TUNE), "other data", reference) not in names
+    assert search.study_name(tiny(**TUNE), "other data", reference) not in names
 
 
 def test_applying_a_batch_size_keeps_the_study(place: Path, tiny: Callable[..., config.Params]) -> None:
@@ -146,7 +158,7 @@ def test_each_sampler_finishes_a_study(
     spans = {"train.warmup_steps": {"low": 0, "high": 8, "step": 2}, "train.weight_decay": {"low": 0.0, "high": 0.1}}
     params = tiny(**TUNE | {"tune.trials": 6, "tune.sampler": sampler, "tune.space": SPACE | spans})
     monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
     rows = table()
     assert [row["state"] for row in rows] == ["COMPLETE"] * 6
     assert len({tuple(row[key] for key in [*SPACE, *spans]) for row in rows}) == 6
@@ -158,7 +170,7 @@ def test_each_sampler_finishes_a_study(
 
 def test_a_gp_does_not_propose_a_pruned_point_again(place: Path, tiny: Callable[..., config.Params]) -> None:
     params = tiny(**TUNE | {"tune.trials": 8, "tune.sampler": "gp", "tune.pruner": "none"})
-    tuning.search("0" * 16, params, storage_url(params.tune), pruned_after_four)
+    search.search("0" * 16, params, storage_url(params.tune), pruned_after_four)
     assert states() == ["COMPLETE"] * 4 + ["PRUNED"] * 4
     assert len({tuple(row[key] for key in SPACE) for row in table()}) == 8
     rates = [math.log(float(row["train.lr"])) for row in table()[4:]]
@@ -168,7 +180,7 @@ def test_a_gp_does_not_propose_a_pruned_point_again(place: Path, tiny: Callable[
 def pruned_after_four(params: config.Params) -> Callable[[Attempt], float]:
     def objective(attempt: Attempt) -> float:
         if attempt.number >= 4:
-            raise tuning_trial.PrunedError("not worth it")
+            raise trial.PrunedError("not worth it")
         return float(attempt.number)
 
     return objective
@@ -176,7 +188,7 @@ def pruned_after_four(params: config.Params) -> Callable[[Attempt], float]:
 
 def test_a_device_that_is_not_here_is_said_before_any_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
     with pytest.raises(UserError, match="cuda"):
-        tuning.tune(tiny(**TUNE | {"train.device": "cuda"}))
+        search.tune(tiny(**TUNE | {"train.device": "cuda"}))
     assert not paths.OPTUNA_DB.exists()
 
 
@@ -189,7 +201,7 @@ def test_the_dashboard_is_opened_on_the_store(place: Path, monkeypatch: pytest.M
     paths.OPTUNA_DB.parent.mkdir()
     paths.OPTUNA_DB.touch()
     (place / "params.yaml").write_text((REPO / "params.yaml").read_text())
-    code = "import sys; sys.executable = sys.argv.pop(1); from diffusion.tuning_dashboard import main; main()"
+    code = "import sys; sys.executable = sys.argv.pop(1); from diffusion.tuning.dashboard import main; main()"
     run = subprocess.run(
         [sys.executable, "-c", code, str(place / "bin/python"), "--port", "8123"],
         env={"PYTHONPATH": f"{REPO}/src", "DVC_ROOT": str(place), "PATH": "/usr/bin:/bin"},
@@ -206,7 +218,7 @@ def test_an_error_that_is_no_fault_of_the_values_ends_the_search(
 ) -> None:
     params = tiny(**TUNE)
     with pytest.raises(ZeroDivisionError):
-        tuning.search("0" * 16, params, storage_url(params.tune), broken)
+        search.search("0" * 16, params, storage_url(params.tune), broken)
     assert (states(), table()[0]["reason"]) == (["FAIL"], "ZeroDivisionError: division by zero")
 
 
@@ -223,10 +235,10 @@ def test_a_full_disk_costs_no_trial(
         raise OSError(errno.ENOSPC, "No space left on device", "samples.png")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning_trial.Trainings, "_score", full)
+        patch.setattr(trial.Trainings, "_score", full)
         with pytest.raises(UserError, match=r"No space left on device \(samples.png\): put that right"):
-            tuning.tune(tiny(**TUNE))
-    tuning.tune(tiny(**TUNE))
+            search.tune(tiny(**TUNE))
+    search.tune(tiny(**TUNE))
     rows = table()
     assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert (rows[0]["reason"], rows[1]["retry_of"]) == ("stopped", "0")
@@ -243,8 +255,8 @@ def test_each_worker_has_a_gpu_of_its_own(
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     cuda = torch.device("cuda")
-    assert [tuning.own_gpu(number, cuda) for number in range(3)] == [{"CUDA_VISIBLE_DEVICES": e} for e in expected]
-    assert tuning.own_gpu(0, torch.device("cpu")) == {}
+    assert [search.own_gpu(number, cuda) for number in range(3)] == [{"CUDA_VISIBLE_DEVICES": e} for e in expected]
+    assert search.own_gpu(0, torch.device("cpu")) == {}
 
 
 def test_machines_that_begin_together_have_one_run(
@@ -260,10 +272,10 @@ def test_machines_that_begin_together_have_one_run(
         time.sleep(0.5)
         return tracker
 
-    monkeypatch.setattr("diffusion.tracking.open_run", slow)
+    monkeypatch.setattr("diffusion.tracking.runs.open_run", slow)
     machines = [SharedStudy("0" * 16, params, storage_url(params.tune)) for _ in range(2)]
     with ThreadPoolExecutor() as pool:
-        assert [run_id for _, run_id in pool.map(tuning._study_run, machines)] == ["run 0", "run 0"]
+        assert [run_id for _, run_id in pool.map(search._study_run, machines)] == ["run 0", "run 0"]
     assert created == ["run 0", "run 0"]
 
 
@@ -278,26 +290,26 @@ def test_a_store_that_is_away_for_a_moment_is_the_workers_to_notice() -> None:
         def update(self) -> None:
             raise ZeroDivisionError
 
-    assert tuning.look(Away()) == 0
+    assert search.look(Away()) == 0
     with pytest.raises(ZeroDivisionError):
-        tuning.look(Broken())
+        search.look(Broken())
 
 
 def test_a_present_setting_outside_the_space_is_said(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 1, "tune.space": {"train.batch_size": [2, 8]}})
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     assert "the study does not begin with it" in capsys.readouterr().err
 
 
 def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., config.Params]) -> None:
     write_reference(images=19)
     with pytest.raises(UserError, match=r"images was 19, is 20\): run `dvc repro .*reference"):
-        tuning.tune(tiny(**TUNE))
+        search.tune(tiny(**TUNE))
     (paths.REFERENCE / "fd_lite0.npz").unlink()
     with pytest.raises(UserError, match=r"fd_lite0.npz cannot be used .* run `dvc repro .*reference`"):
-        tuning.tune(tiny(**TUNE))
+        search.tune(tiny(**TUNE))
 
 
 def test_the_library_imports_without_optuna() -> None:

@@ -4,28 +4,31 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-import fast_trials
 import numpy as np
 import optuna
 import pytest
-from conftest import REPO
+from helpers import fast_trials
+from helpers.project import REPO
+from helpers.studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_after, table
 from matplotlib.figure import Figure
 from PIL import Image
 from ruamel.yaml import YAML
-from studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_after, table
 
-from diffusion import config, figures, paths, training, tuning, tuning_apply, tuning_report, tuning_trial
-from diffusion.journal import NullTracker, Tracker
-from diffusion.training import Trainer
-from diffusion.tuning_store import quiet, storage_url
-from diffusion.tuning_study import SharedStudy
-from diffusion.tuning_trial import Attempt
+from diffusion import config, paths
+from diffusion.report import figures
+from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.tuning import apply, report, search, trial
+from diffusion.tuning.store import quiet, storage_url
+from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.trial import Attempt
 
 
 def test_best_is_the_least_of_the_table_and_goes_into_params(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuning.tune(tiny(**TUNE | {"tune.trials": 5}))
+    search.tune(tiny(**TUNE | {"tune.trials": 5}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
     assert [line.split(":")[0] for line in lines] == [f"trial {i} ({i + 1} of 5)" for i in range(5)]
     least = min(table(), key=lambda row: float(row["value"]))
@@ -38,14 +41,14 @@ def test_best_is_the_least_of_the_table_and_goes_into_params(
 
     file = place / "params.yaml"
     file.write_text((REPO / "params.yaml").read_text())
-    difference = tuning_apply.apply(paths.BEST_YAML, file)
+    difference = apply.apply(paths.BEST_YAML, file)
     assert config.load(file) == config.load(REPO / "params.yaml", overrides)
     before, after = (REPO / "params.yaml").read_text().splitlines(), file.read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     wanted = [key for key, value in overrides.items() if value != config.flat(config.load(REPO / "params.yaml"))[key]]
     assert len(changed) == len([line for line in difference.splitlines() if line.startswith("+  ")]) == len(wanted)
     assert [old.partition("#")[2] for old, _ in changed] == [new.partition("#")[2] for _, new in changed]
-    assert tuning_apply.apply(paths.BEST_YAML, file) == ""
+    assert apply.apply(paths.BEST_YAML, file) == ""
 
 
 def test_a_best_that_was_found_between_sittings_is_told_the_studys_run(
@@ -61,7 +64,7 @@ def test_a_best_that_was_found_between_sittings_is_told_the_studys_run(
     for dimension in shared.space:
         dimension.suggest(trial)
     shared.tell(trial, "COMPLETE", 1.5)
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     assert (tagged["best_trial"], tagged["best_fd_lite0"]) == ("0", "1.5000")
 
 
@@ -69,7 +72,7 @@ def test_other_batch_sizes_come_with_as_many_steps_as_see_the_same_images(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 1, "tune.space": {"train.batch_size": [8]}, "train.steps": 100})
-    tuning.tune(params)
+    search.tune(params)
     best = YAML(typ="safe", pure=True).load(paths.BEST_YAML)
     assert best == {"train": {"batch_size": 8, "steps": 50}}  # TINY has batches of 4
 
@@ -82,7 +85,7 @@ def test_the_figures_are_drawn(
     monkeypatch.setattr(paths, "RUNS", place / "runs")
     params = tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/study.db", "tune.trials": 5})
     monkeypatch.setattr(fast_trials, "SECONDS", 0.0)
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials.prepare)
     drawn = {path.name for path in paths.TUNING_FIGURES.glob("*.png")}
     assert drawn == {"history.png", "importance.png", "parallel.png", "slice.png", "intermediate.png"}
     for path in paths.TUNING_FIGURES.glob("*.png"):
@@ -109,7 +112,7 @@ def test_importances_are_shares_of_the_variance(
         study.tell(trial, by_schedule[schedule] + by_rate[lr])
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(figures, "save_pyplot", lambda figure, path: drawn.update({path.name: figure}))
-    tuning_report.draw_figures(shared)
+    report.draw_figures(shared)
     axes = drawn["importance.png"].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     shares = dict(zip(names, (bar.get_width() for bar in axes.patches), strict=False))
@@ -123,20 +126,20 @@ def test_each_trial_is_a_run_below_the_studys(
 ) -> None:
     from mlflow import MlflowClient
 
-    def pictured(self: tuning_trial.Trainings, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> float:
+    def pictured(self: trial.Trainings, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> float:
         if attempt.number == 1:
-            raise tuning_trial.PrunedError("not worth it")
-        monkeypatch.setattr(tuning_trial, "score", lambda *_: formula(self, trainer, attempt))
+            raise trial.PrunedError("not worth it")
+        monkeypatch.setattr(trial, "score", lambda *_: formula(self, trainer, attempt))
         return real_score(self, trainer, attempt, tracker)
 
-    monkeypatch.setattr(tuning_trial.Trainings, "_score", pictured)
+    monkeypatch.setattr(trial.Trainings, "_score", pictured)
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # of somebody else
     params = tiny(**TUNE | {"tracking.enabled": True, "tune.storage": f"sqlite:///{place}/optuna/study.db"})
     stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune(params)
-    monkeypatch.setattr(tuning_trial, "train", training.train)
-    tuning.tune(params)
+        search.tune(params)
+    monkeypatch.setattr(trial, "train", loop.train)
+    search.tune(params)
 
     client = MlflowClient(f"sqlite:///{database}")
     experiment = client.get_experiment_by_name("cifar10-diffusion").experiment_id
@@ -167,4 +170,4 @@ def test_each_trial_is_a_run_below_the_studys(
     assert {file.path for file in client.list_artifacts(parent.info.run_id, "tuning")} >= {"tuning/trials.csv"}
 
 
-real_score = tuning_trial.Trainings._score
+real_score = trial.Trainings._score

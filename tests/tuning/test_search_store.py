@@ -8,18 +8,19 @@ from typing import Any
 
 import optuna
 import pytest
-from studies import TUNE, name_of, states, table
+from helpers.studies import TUNE, name_of, states, table
 
-from diffusion import config, paths, tuning
+from diffusion import config, paths
 from diffusion.errors import UserError
-from diffusion.tuning_store import storage_url
-from diffusion.tuning_study import SharedStudy
+from diffusion.tuning import search
+from diffusion.tuning.store import storage_url
+from diffusion.tuning.study import SharedStudy
 
 
 def test_the_store_is_in_wal_mode_with_heartbeats(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.tuning_study.HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr("diffusion.tuning.study.HEARTBEAT_SECONDS", 0.02)
     params = tiny(**TUNE)
     shared = SharedStudy(name_of(params), params, storage_url(params.tune))
     trial = shared.claim()
@@ -72,7 +73,7 @@ def test_a_store_that_is_no_database_is_one_line(place: Path, tiny: Callable[...
     paths.OPTUNA_DB.parent.mkdir()
     paths.OPTUNA_DB.write_text("no database " * 100)
     with pytest.raises(UserError, match="cannot be used") as caught:
-        tuning.tune(tiny(**TUNE))
+        search.tune(tiny(**TUNE))
     assert "\n" not in str(caught.value)
 
 
@@ -85,8 +86,8 @@ def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(optuna.trial.Trial, "report", away)
         with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
-            tuning.tune(tiny(**TUNE))
+            search.tune(tiny(**TUNE))
     assert states() == ["RUNNING"]
-    monkeypatch.setattr("diffusion.tuning_study.is_alive", lambda tags: False)
-    tuning.tune(tiny(**TUNE))
+    monkeypatch.setattr("diffusion.tuning.study.is_alive", lambda tags: False)
+    search.tune(tiny(**TUNE))
     assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]

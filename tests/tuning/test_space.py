@@ -5,11 +5,11 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import REPO
+from helpers.project import REPO
 
 from diffusion import config
 from diffusion.errors import UserError
-from diffusion.tuning_space import Choices, Span, first_settings, present, read_space, settings, trial_config
+from diffusion.tuning.space import Choices, Span, first_settings, present, read_space, settings, trial_config
 
 
 def space(text: dict[str, Any], tiny: Callable[..., config.Params]) -> tuple[Any, ...]:

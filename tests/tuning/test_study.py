@@ -8,12 +8,14 @@ from typing import Any
 
 import optuna
 import pytest
-from studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, table
+from helpers.studies import SPACE, TUNE, fast_trials_at_once, name_of, states, stop_after, table
 
-from diffusion import config, paths, training, tuning, tuning_trial
-from diffusion.tuning_space import first_settings
-from diffusion.tuning_store import GRACE_SECONDS, quiet, storage_url
-from diffusion.tuning_study import SharedStudy
+from diffusion import config, paths
+from diffusion.training import loop
+from diffusion.tuning import search, trial
+from diffusion.tuning.space import first_settings
+from diffusion.tuning.store import GRACE_SECONDS, quiet, storage_url
+from diffusion.tuning.study import SharedStudy
 
 
 def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
@@ -23,9 +25,9 @@ def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
     for _ in range(2):
         stop_after(1, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
-            tuning.tune(params)
-    monkeypatch.setattr(tuning_trial, "train", training.train)
-    tuning.tune(params)
+            search.tune(params)
+    monkeypatch.setattr(trial, "train", loop.train)
+    search.tune(params)
     tried = [tuple(row[key] for key in SPACE) for row in table() if not row["retry_of"]]
     assert len(tried) == len(set(tried)) == 6
     assert all(2e-4 <= float(row["train.lr"]) <= 5e-3 for row in table())
@@ -44,7 +46,7 @@ def test_a_trial_that_a_dead_process_left_running_is_tried_again_and_counts_once
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     trial.set_user_attr("pid", str(dead.pid))
-    tuning.tune(params)
+    search.tune(params)
     rows = table()
     assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert (rows[0]["reason"], rows[1]["retry_of"]) == ("its worker was killed", "0")
@@ -77,7 +79,7 @@ def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Calla
     shared = SharedStudy(name_of(params), params, storage_url(params.tune))
     with quiet():
         shared.study.ask()
-    tuning.tune(params)
+    search.tune(params)
     assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert len({row["train.lr"] for row in table()[1:]}) == 3
 
@@ -93,9 +95,9 @@ def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_othe
     first, second = shared.claim(), shared.claim()
     assert first
     assert second
-    for trial in (first, second):
-        trial.set_user_attr("pid", "999999999")
-    tuning.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
+    for begun in (first, second):
+        begun.set_user_attr("pid", "999999999")
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     complete = [row for row in table() if row["state"] == "COMPLETE"]
     assert len(complete) == len({row["train.lr"] for row in complete}) == 4
 
@@ -103,7 +105,7 @@ def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_othe
 def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.tuning_study.MAX_KILLS", 2)
+    monkeypatch.setattr("diffusion.tuning.study.MAX_KILLS", 2)
     params = tiny(**TUNE | {"tune.trials": 1})
     shared = SharedStudy(name_of(params), params, storage_url(params.tune))
     for _ in range(3):

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import optuna
 import pytest
-from studies import TUNE, name_of, states, table
+from helpers.studies import TUNE, name_of, states, table
 
-from diffusion import config, paths, training, tuning, tuning_trial
+from diffusion import config, paths
 from diffusion.errors import UserError
-from diffusion.progress import Record
-from diffusion.training import Trainer
-from diffusion.tuning_store import storage_url
-from diffusion.tuning_trial import Attempt
+from diffusion.training import loop
+from diffusion.training.loop import Trainer
+from diffusion.training.progress import Record
+from diffusion.tuning import search, trial
+from diffusion.tuning.store import storage_url
+from diffusion.tuning.trial import Attempt
 
 
 @pytest.mark.parametrize("kind", ["raises", "never finite", "not a number"])
@@ -27,14 +29,14 @@ def test_divergence_prunes_with_the_reason(
         made.append(trainer.folder)
         if len(made) == 1:
             if kind == "raises":
-                raise training.DivergedError("the loss was not finite")
+                raise loop.DivergedError("the loss was not finite")
             if kind == "never finite":
                 return
             next(trainer.ema.net.parameters()).data.fill_(math.nan)
-        yield from training.train(trainer)
+        yield from loop.train(trainer)
 
-    monkeypatch.setattr(tuning_trial, "train", diverging)
-    tuning.tune(tiny(**TUNE))
+    monkeypatch.setattr(trial, "train", diverging)
+    search.tune(tiny(**TUNE))
     assert states() == ["PRUNED", "COMPLETE", "COMPLETE"]
     words = {"raises": "not finite", "never finite": "never finite", "not a number": "the error is nan after 4 images"}
     assert words[kind] in table()[0]["reason"]
@@ -49,7 +51,7 @@ def test_the_median_prunes_what_is_clearly_worse_after_a_quarter(
 ) -> None:
     """Than 1, by more than 2 %: settings that are closer end in any order."""
     params = tiny(**TUNE | {"tune.trials": 4, "tune.pruner": "median"})
-    tuning.search("0" * 16, params, storage_url(params.tune), partial(worse_after_three, error=error))
+    search.search("0" * 16, params, storage_url(params.tune), partial(worse_after_three, error=error))
     rows = table()
     assert [row["state"] for row in rows] == ["COMPLETE"] * 3 + [state]
     reason, value = ("", "1.0") if state == "COMPLETE" else (f"median: an error of {error:g} after 8 images", "")
@@ -58,7 +60,7 @@ def test_the_median_prunes_what_is_clearly_worse_after_a_quarter(
 
 def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., config.Params]) -> None:
     params = tiny(**TUNE | {"tune.trials": 12, "tune.pruner": "hyperband"})
-    tuning.search("0" * 16, params, storage_url(params.tune), worse_after_three)
+    search.search("0" * 16, params, storage_url(params.tune), worse_after_three)
     rows = table()
     assert [row["state"] for row in rows][:3] == ["COMPLETE"] * 3
     pruned = [row for row in rows if row["state"] == "PRUNED"]
@@ -70,7 +72,7 @@ def test_hyperband_prunes_what_does_worse(place: Path, tiny: Callable[..., confi
 def test_the_median_judges_the_present_error(place: Path, tiny: Callable[..., config.Params]) -> None:
     """Not the least so far: this one did well, and breaks down."""
     params = tiny(**TUNE | {"tune.trials": 4, "tune.pruner": "median"})
-    tuning.search("0" * 16, params, storage_url(params.tune), breaks_down_after_three)
+    search.search("0" * 16, params, storage_url(params.tune), breaks_down_after_three)
     assert table()[3]["reason"] == "median: an error of 5 after 16 images"
 
 
@@ -102,11 +104,11 @@ def test_what_no_trial_can_do_here_ends_the_search_and_costs_no_trial(
         raise UserError("the images have 10 classes: set model.num_classes: 10")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tuning_trial, "Trainer", no_classes)
+        patch.setattr(trial, "Trainer", no_classes)
         for _ in range(2):
             with pytest.raises(UserError, match=r"set model\.num_classes: 10"):
-                tuning.tune(params)
-    tuning.tune(params)
+                search.tune(params)
+    search.tune(params)
     assert states() == ["FAIL", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
     assert [row["train.lr"] for row in table()[:3]] == [str(params.train.lr)] * 3
 
@@ -117,7 +119,7 @@ def test_choices_that_only_some_others_allow_are_searched_in_any_order(
     for weights in (["min_snr", "simple"], ["simple", "min_snr"]):
         space = {"diffusion.zero_terminal_snr": [True, False], "train.loss_weight": weights}
         params = tiny(**TUNE | {"train.loss_weight": "simple", "tune.space": space, "tune.trials": 6})
-        tuning.tune(params)
+        search.tune(params)
         assert {row["state"] for row in table()} <= {"COMPLETE", "PRUNED"}
         for row in table():
             together = (row["diffusion.zero_terminal_snr"], row["train.loss_weight"]) == ("True", "min_snr")
@@ -139,22 +141,22 @@ def test_a_value_is_of_the_images_that_it_is_reported_at(
         return float(trainer.progress.step)
 
     def unlucky(trainer: Trainer) -> Iterator[Record]:
-        for record in training.train(trainer):
+        for record in loop.train(trainer):
             if kind == "rolled back" and record.step == 3:
                 yield Record(4, record.loss, None)  # a step that does not count any more
             yield record
 
-    monkeypatch.setattr(tuning_trial, "common_error", measured)
-    monkeypatch.setattr(tuning_trial, "train", unlucky)
+    monkeypatch.setattr(trial, "common_error", measured)
+    monkeypatch.setattr(trial, "train", unlucky)
     params = tiny(**TUNE | {"tune.trials": 1, "train.checkpoint_every": 4})
-    tuning.tune(params)
+    search.tune(params)
     study = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}")
     assert study.trials[-1].intermediate_values == {4 * step: float(step) for step in range(1, 9)}
 
 
 def test_reports_are_at_the_same_images_whatever_the_batch(place: Path, tiny: Callable[..., config.Params]) -> None:
     params = tiny(**TUNE | {"tune.images_per_trial": 48, "tune.space": {"train.batch_size": [2, 3, 4]}})
-    tuning.tune(params)
+    search.tune(params)
     study = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}")
     assert {tuple(trial.intermediate_values) for trial in study.trials} == {(6, 12, 18, 24, 30, 36, 42, 48)}
     assert {trial.params["train.batch_size"] for trial in study.trials} > {4}

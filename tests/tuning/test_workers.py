@@ -12,20 +12,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import fast_trials
 import psutil
 import pytest
-from conftest import REPO
-from fast_trials import Store
+from helpers import fast_trials
+from helpers.fast_trials import Store
+from helpers.postgres import needs_postgres
+from helpers.postgres import server as postgres_server
+from helpers.project import REPO
 from optuna.trial import FrozenTrial
-from postgres import needs_postgres
-from postgres import server as postgres_server
 from sqlalchemy.exc import OperationalError
 
 from diffusion import config
 from diffusion.errors import UserError
-from diffusion.tuning_store import answering, storage_url
-from diffusion.tuning_study import SharedStudy
+from diffusion.tuning.store import answering, storage_url
+from diffusion.tuning.study import SharedStudy
 
 pytestmark = pytest.mark.slow
 SECONDS = 900.0  # a test that waits longer has failed
@@ -227,7 +227,7 @@ def test_two_machines_with_three_workers_each_share_one_study(tmp_path: Path) ->
 @needs_postgres
 def test_a_machine_that_is_lost_with_the_lock_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server ends its session; till then who waits is told, and does not wait for ever."""
-    monkeypatch.setattr("diffusion.tuning_study.BUSY_SECONDS", 2)
+    monkeypatch.setattr("diffusion.tuning.study.BUSY_SECONDS", 2)
     with postgres_server(tmp_path / "postgres") as url:
         params = config.load(REPO / "params.yaml", {"tune.storage": url})
         lost, other = (SharedStudy(fast_trials.STUDY, params, storage_url(params.tune)) for _ in range(2))

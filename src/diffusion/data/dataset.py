@@ -4,64 +4,22 @@ import dataclasses
 import hashlib
 import json
 import mmap
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion import paths
+from diffusion.data.npz import UNREADABLE, read_npz
+from diffusion.data.pixels import to_tensor
 from diffusion.errors import UserError
 from diffusion.runtime import generator
 
 RESIDENT = 0.4  # of a GPU's free memory, at most, for the training images
 MPS_BYTES = 2 * 2**30  # the same on MPS, which shares the host's memory
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})  # of picture files
 READ = 64  # images read at once from a map, of which each may bring up to 2 MiB of pages into memory
-
-
-def to_tensor(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 (N, H, W, C) -> float32 (N, C, H, W) in [-1, 1]; channels-last in memory, so nothing is transposed."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Float (N, C, H, W) -> uint8 (N, H, W, C): clamped to [-1, 1] and rounded; inverts `to_tensor` exactly."""
-    scaled = images.float().clamp(-1.0, 1.0).add(1.0).mul(127.5)
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
-
-
-def read_npz(path: Path, *names: str) -> list[np.ndarray]:
-    """Arrays of an npz file; raises one of UNREADABLE if it is not one or lacks a name."""
-    archive = np.load(path, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("a single array, not an archive")
-    with archive:
-        return [archive[name] for name in names]
-
-
-def load_images(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`images` uint8 (N, H, W, C) and `labels` uint8 (N,) of an npz file.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-    try:
-        images, labels = read_npz(path, "images", "labels")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro`, or the stage that makes it") from None
-    except UNREADABLE as error:
-        raise UserError(f"{path} is not an npz file with images and labels ({error}): run its stage again") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels):
-        raise UserError(f"{path}: images are {images.dtype} {images.shape}, not uint8 (N, H, W, C) with N labels")
-    return images, labels
 
 
 def digest(shape: tuple[int, ...], chunks: Iterable[np.ndarray], labels: np.ndarray) -> str:

@@ -35,12 +35,6 @@ def grid(images: np.ndarray, columns: int, gap: int = 2, scale: int = 1) -> np.n
     return np.ascontiguousarray(canvas[: canvas.shape[0] - gap, : canvas.shape[1] - gap])
 
 
-def rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 (..., C), C = 1 to 4 -> (..., 3): grey is repeated, alpha dropped."""
-    colours = images[..., : 1 if images.shape[-1] < 3 else 3]
-    return np.broadcast_to(colours, (*images.shape[:-1], 3))
-
-
 def zoom(images: np.ndarray, pixels: int = 64) -> int:
     """How many times images uint8 (..., H, W, C) can be enlarged without being higher than `pixels`; at least 1."""
     return max(1, pixels // images.shape[-3])

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 
 from diffusion import paths
-from diffusion.data import UNREADABLE, read_npz
+from diffusion.data.image_streams import Pictures, Stream, packed
+from diffusion.data.npz import UNREADABLE, read_npz
 from diffusion.errors import UserError
-from diffusion.image_streams import Pictures, Stream, packed
 
 NAMED = {"cifar10:train": paths.CIFAR10_TRAIN, "cifar10:test": paths.CIFAR10_TEST}
 

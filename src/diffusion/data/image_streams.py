@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffusion.data import SUFFIXES, UNREADABLE
+from diffusion.data.npz import UNREADABLE
 from diffusion.errors import UserError
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow: 8 bits a channel; it clips the others
@@ -122,3 +122,6 @@ def _of_picture(path: Path, read: Callable[[Image.Image], Found]) -> Found:
         raise UserError(f"{path} is damaged (no picture): repair or remove it") from None
     except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is damaged ({error}): repair or remove it") from None
+
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})  # of picture files

@@ -17,7 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.data import SUFFIXES, UNREADABLE, read_npz
+from diffusion.data.image_streams import SUFFIXES
+from diffusion.data.npz import UNREADABLE, read_npz
 from diffusion.errors import UserError
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by model.image_channels

@@ -9,16 +9,16 @@ from typing import Any, get_args
 import click
 
 from diffusion.config import EvaluateConfig, Measure
+from diffusion.data.image_sets import NAMED, open_images
 from diffusion.errors import UserError
-from diffusion.extraction import features_of
-from diffusion.features import EfficientNetLite0, Extractor, Inception
-from diffusion.image_files import NAMED, open_images
-from diffusion.measures import measured, versions
 from diffusion.metrics import selftest
+from diffusion.metrics.extraction import features_of
+from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
+from diffusion.metrics.inception_weights import WeightsUnavailableError, find_inception_weights
+from diffusion.metrics.measures import measured, versions
 from diffusion.metrics.names import shown
-from diffusion.reference import make_reference
+from diffusion.metrics.reference import make_reference
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.weights import WeightsUnavailableError, find_inception_weights
 
 STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is taken for one of those
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.data import releases
+from diffusion.data.dataset import releases
+from diffusion.data.pixels import rgb
 from diffusion.distributed import ALONE, World
-from diffusion.features import Extractor
-from diffusion.images import rgb
 from diffusion.metrics import Moments
+from diffusion.metrics.features import Extractor
 
 
 class Images(Protocol):

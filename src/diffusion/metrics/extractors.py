@@ -6,9 +6,9 @@ import click
 
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0, Extractor, Inception
+from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
+from diffusion.metrics.inception_weights import at_hand, put
 from diffusion.rules import INFINITY_ROWS
-from diffusion.weights import at_hand, put
 
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too
 OTHERWISE = "or set evaluate.measures without frechet (KID, kid, is unbiased for few), or evaluate.inception: off"

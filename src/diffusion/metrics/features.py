@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.errors import UserError
+from diffusion.metrics.inception_weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 from diffusion.rules import DIMS
-from diffusion.weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 
 INCEPTION_SIZE = 299
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -184,8 +184,8 @@ def _layers(net: nn.Module) -> nn.Sequential:
 def feature_code() -> str:
     """Digest of the code between an image and its features: a reference of another one is not used."""
     sha = hashlib.sha256()
-    for name in ("features.py", "extraction.py", "images.py"):
-        sha.update((Path(__file__).parent / name).read_bytes())
+    for name in ("metrics/features.py", "metrics/extraction.py", "data/pixels.py"):
+        sha.update((Path(__file__).parents[1] / name).read_bytes())
     return sha.hexdigest()[:16]
 
 

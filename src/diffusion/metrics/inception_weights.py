@@ -4,14 +4,11 @@ No network library and no torch: `dvc repro` asks every time, also when nothing 
 """
 
 import hashlib
-import json
 import os
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from diffusion import paths
-from diffusion.config import EvaluateConfig, Params
+from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -68,35 +65,15 @@ def find_inception_weights(config: EvaluateConfig, folder: Path | None = None) -
         return found
     if config.inception == "local":
         raise WeightsUnavailableError("evaluate.inception is local")
-    from diffusion import fetch  # here: with weights at hand no requests are needed
+    from diffusion.data.download import http  # here: with weights at hand no requests are needed
 
     reasons = []
     for name, url in INCEPTION_URLS.items():
         try:
-            return fetch.download(url, folder / INCEPTION_FILE, sha256=INCEPTION_SHA256)
-        except fetch.FetchError as error:
+            return http.download(url, folder / INCEPTION_FILE, sha256=INCEPTION_SHA256)
+        except http.FetchError as error:
             reasons.append(f"{name}: {error}")
     raise WeightsUnavailableError("; ".join(reasons))
-
-
-def write_card(params: Params) -> None:
-    """The weights stage: fetch Inception's if `evaluate.inception` wants them, write which ones there are.
-
-    data/weights.json holds no path and no date: references and scores are made again when its content changes.
-
-    Raises:
-        UserError: weights are required and cannot be had, or the file that was named or put there is unfit.
-    """
-    config, found = params.evaluate, None
-    try:
-        found = None if config.inception == "off" else find_inception_weights(config)
-    except WeightsUnavailableError as error:
-        if config.inception == "require":
-            raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {put()}") from None
-        print(f"no Inception weights: not at hand, and not to be fetched ({error})", file=sys.stderr)
-    card = {"inception_sha256": sha256(found) if found else None, **{name: version(name) for name in EXTRACTORS}}
-    paths.WEIGHTS_CARD.parent.mkdir(parents=True, exist_ok=True)
-    paths.WEIGHTS_CARD.write_text(json.dumps(card, indent=2) + "\n")
 
 
 def put() -> str:

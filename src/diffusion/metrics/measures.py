@@ -11,12 +11,12 @@ from torch import Tensor
 
 from diffusion.config import EvaluateConfig
 from diffusion.errors import UserError
-from diffusion.extraction import Extracted
 from diffusion.metrics import Moments
+from diffusion.metrics.extraction import Extracted
 from diffusion.metrics.frechet import frechet_at_infinity
 from diffusion.metrics.names import metric_name
 from diffusion.metrics.neighbours import COPY_QUANTILE, KID_SUBSETS, NEIGHBOURHOOD, copies, kid, precision_recall
-from diffusion.reference import Reference
+from diffusion.metrics.reference import Reference
 
 PAIRS = 16  # closest pairs of a sample and a training image that are kept
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
+from diffusion.data.image_sets import load_samples
 from diffusion.distributed import ALONE, World
-from diffusion.extraction import Extracted, features_of
-from diffusion.extractors import for_samples, kept_images, reference_images
-from diffusion.features import Extractor, Inception
-from diffusion.image_files import load_samples
-from diffusion.measures import measured, versions
-from diffusion.reference import Reference
+from diffusion.metrics.extraction import Extracted, features_of
+from diffusion.metrics.extractors import for_samples, kept_images, reference_images
+from diffusion.metrics.features import Extractor, Inception
+from diffusion.metrics.measures import measured, versions
+from diffusion.metrics.reference import Reference
 from diffusion.runtime import keep_freed_memory, resolve_device
 
 

@@ -1,12 +1,11 @@
 """Models from and to Hugging Face diffusers: a pipeline folder with a UNet2DModel and its scheduler, as safetensors.
 
-    python -m diffusion.interchange write FOLDER      models/model.safetensors as a diffusers pipeline
-    python -m diffusion.interchange read FOLDER       the pipeline as models/model.safetensors, for the sample stage
+    python -m diffusion interchange write FOLDER      models/model.safetensors as a diffusers pipeline
+    python -m diffusion interchange read FOLDER       the pipeline as models/model.safetensors, for the sample stage
 
 Nothing of diffusers is needed for either. In Python: `DDPMPipeline.from_pretrained(FOLDER)`.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from diffusion import paths
 from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, checked_section, load, trained
 from diffusion.errors import UserError
-from diffusion.export import load_model, save_model
-from diffusion.interchange_layers import joined, layers, split
+from diffusion.model.diffusers_layers import joined, layers, split
+from diffusion.model.model_file import load_model, save_model
+from diffusion.model.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
+from diffusion.model.unet import UNet
 from diffusion.rules import broken_model
-from diffusion.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
-from diffusion.unet import UNet
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -265,18 +265,15 @@ def _named_betas(scheduler: dict[str, Any], num_steps: int) -> np.ndarray:
     raise UserError(f"scheduler_config.json: beta_schedule {kind} cannot be read")
 
 
-def main() -> None:
-    """The command line, see the module."""
-    parser = argparse.ArgumentParser(prog="python -m diffusion.interchange", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "action", choices=["write", "read"], help=f"write {paths.MODEL} into FOLDER, or read it from there"
-    )
-    parser.add_argument("folder", type=Path, help="of a diffusers pipeline")
-    arguments = parser.parse_args()
+@click.command()
+@click.argument("action", type=click.Choice(["write", "read"]))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(action: str, folder: Path) -> None:
+    """Write models/model.safetensors into FOLDER as a diffusers pipeline, or read it from there."""
     try:
-        print({"write": _write, "read": _read}[arguments.action](arguments.folder))
+        click.echo({"write": _write, "read": _read}[action](folder))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
 
 
@@ -299,7 +296,3 @@ def _read(folder: Path) -> str:
     }
     save_model(paths.MODEL, net.state_dict(), config, about)
     return f"{paths.MODEL}: {diffusion.schedule} schedule, {diffusion.prediction} prediction; then: dvc repro -s sample"
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffusion.layers import Downsample, Upsample
-from diffusion.unet import Block, UNet
+from diffusion.model.layers import Downsample, Upsample
+from diffusion.model.unet import Block, UNet
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save
 
 from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
 from diffusion.errors import UserError
-from diffusion.parameterization import Denoiser
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
 from diffusion.runtime import resolve_precision, use_fast_kernels
-from diffusion.schedules import configured_schedule
-from diffusion.unet import UNet
 
 
 def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConfig, about: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from diffusion.schedules import NoiseSchedule
+from diffusion.model.schedules import NoiseSchedule
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.augment import LABELS
 from diffusion.config import ModelConfig
-from diffusion.layers import (
+from diffusion.model.layers import (
     Downsample,
     ResidualBlock,
     SelfAttention,
@@ -17,6 +16,8 @@ from diffusion.layers import (
     group_norm,
     zeroed,
 )
+
+AUGMENT_LABELS = 8  # numbers that say how an image was augmented, see training/augment.py
 
 
 class UNet(nn.Module):
@@ -46,7 +47,7 @@ class UNet(nn.Module):
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last: of no class
         if config.augment:
-            self.augment_embedding = nn.Linear(LABELS, width, bias=False)
+            self.augment_embedding = nn.Linear(AUGMENT_LABELS, width, bias=False)
         self.stem = conv3x3(patch_channels, config.channels)
 
         self.down = nn.ModuleList()

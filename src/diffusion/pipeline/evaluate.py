@@ -6,14 +6,18 @@ import sys
 from hashlib import sha256
 from typing import Any
 
-from diffusion import evaluation, paths, registry, tracking
+from diffusion import paths
 from diffusion.config import Params, flat
 from diffusion.distributed import joined
 from diffusion.errors import UserError
-from diffusion.export import read_card
-from diffusion.journal import JOURNAL, NullTracker, Tracker
 from diffusion.locks import only_process
+from diffusion.metrics import scores
 from diffusion.metrics.names import shown
+from diffusion.model.model_file import read_card
+from diffusion.serving import registry
+from diffusion.serving.registry import register
+from diffusion.tracking import runs
+from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker
 
 MADE_BY = ("fingerprint", "run_id", "step")  # what the samples' card has of the model's
 CARD = ("config", *MADE_BY)  # what is read of the samples' card here
@@ -36,10 +40,12 @@ def judge(params: Params) -> None:
         tracker: Tracker = NullTracker()
         if world.is_main:
             card, journal = {**made_by, **about}, run / JOURNAL
-            tracker = tracking.attach(params.tracking, about["run_id"], stage="evaluate", journal=journal, card=card)
-        with tracking.closing_status(tracker, "evaluate"):
+            tracker = runs.attach(
+                params.tracking, about["run_id"], stage="evaluate", journal=journal, card=card, register=register
+            )
+        with runs.closing_status(tracker, "evaluate"):
             tracker.params(flat(params.evaluate, "evaluate"))
-            result = evaluation.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
+            result = scores.evaluate(params, paths.SAMPLES_NPZ, about, world=world)
             if world.is_main:
                 _report(result, about["step"], tracker)
                 _register(params.tracking.experiment, model, drawn_with, code, result, tracker)

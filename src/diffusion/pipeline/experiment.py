@@ -7,11 +7,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from diffusion import paths, project_run
+from diffusion import paths
 from diffusion.config import Params, flat, load
-from diffusion.export import read_card
-from diffusion.journal import warn
-from diffusion.mlflow_store import connect
+from diffusion.model.model_file import read_card
+from diffusion.tracking import mlproject_run
+from diffusion.tracking.journal import warn
+from diffusion.tracking.mlflow_store import connect
 
 
 def reproduce(params: Params) -> int:
@@ -47,6 +48,6 @@ def _link() -> None:
     try:
         run_id = read_card(paths.MODEL)["run_id"]
         if run_id:
-            project_run.link(connect(), run_id)
+            mlproject_run.link(connect(), run_id)
     except Exception as error:  # not installed, no network, unknown: the link is a service
         warn(f"the run of `mlflow run` names no pipeline's run ({type(error).__name__}: {error})")

@@ -19,19 +19,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import export, images, paths, sampling, tracking
-from diffusion.background import Background
+from diffusion import paths
 from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
+from diffusion.data import grids
 from diffusion.distributed import World, joined
-from diffusion.export import load_denoiser, read_card
-from diffusion.journal import JOURNAL, NullTracker, Tracker
 from diffusion.locks import only_process
-from diffusion.parameterization import Denoiser
-from diffusion.parts import Parts, missing
-from diffusion.provenance import code_digest
+from diffusion.model import model_file
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.model_file import load_denoiser, read_card
 from diffusion.rules import doubtful
 from diffusion.runtime import keep_freed_memory
-from diffusion.samplers import evaluations
+from diffusion.sampling import generation, panels
+from diffusion.sampling.background import Background
+from diffusion.sampling.partial import Parts, missing
+from diffusion.sampling.samplers import evaluations
+from diffusion.serving.registry import register
+from diffusion.tracking import runs
+from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker
+from diffusion.training.identity import code_digest
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -58,7 +63,7 @@ def draw(params: Params) -> None:
         parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
         world.together(lambda: held.enter_context(_only_one(parts.folder)) if world.is_main else None)
         tracker = _attach(params, card, run) if world.is_main else NullTracker()
-        with tracking.closing_status(tracker, "sample"):
+        with runs.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
             start = time.perf_counter()
             try:
@@ -97,14 +102,16 @@ def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
 
 def _code() -> str:
     """Digest of the code that decides what an image is: the sampling, and the network as it is loaded."""
-    both = [code_digest(Path(str(module.__file__))) for module in (sampling, export)]
+    both = [code_digest(Path(str(module.__file__))) for module in (generation, model_file)]
     return hashlib.sha256("".join(both).encode()).hexdigest()
 
 
 def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
     for line in doubtful(params.sample, trained_from_dict(card["config"]).diffusion):
         print(f"warning: {line}", file=sys.stderr)
-    return tracking.attach(params.tracking, card["run_id"], stage="sample", journal=run / JOURNAL, card=card)
+    return runs.attach(
+        params.tracking, card["run_id"], stage="sample", journal=run / JOURNAL, card=card, register=register
+    )
 
 
 def _draw(
@@ -120,7 +127,7 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
     """Draw what `parts` lacks, this rank its share of the batches; all ranks are done when it returns."""
     config = params.sample
     share = math.ceil(config.num_images / world.size)
-    sizes = world.gather(world.together(lambda: sampling.batch_size(denoiser, config, share, device)))
+    sizes = world.gather(world.together(lambda: generation.batch_size(denoiser, config, share, device)))
     size, todo = world.broadcast((min(sizes), _missing(config, parts, min(sizes))) if sizes else None)
     mine = [todo[i] for i in world.share(len(todo))]
     images_of_all = sum(map(len, mine))
@@ -132,7 +139,7 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
         bar.update(round(drawn_so_far) - bar.n)
 
     drawing = world.together(
-        lambda: sampling.Drawing(
+        lambda: generation.Drawing(
             denoiser, config, params.seed, device, size=size, images=images_of_all, advanced=advanced
         )
     )
@@ -141,7 +148,7 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
         array = drawn().numpy()
         parts.save(indices, array)
         if config.save_png:
-            images.save_all(array, PNG, first=indices.start)
+            grids.save_all(array, PNG, first=indices.start)
 
     def work() -> None:
         with Background(keep) as background:
@@ -156,15 +163,15 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
 
 def _missing(config: SampleConfig, parts: Parts, size: int) -> list[range]:
     """The batches that are still to be drawn. PNG files are made anew: DVC has deleted those of a stopped stage."""
-    images.remove_numbered(PNG)
+    grids.remove_numbered(PNG)
     done = []
     for indices, array in parts.found():
         done.append(indices)
         if config.save_png:
-            images.save_all(array, PNG, first=indices.start)
+            grids.save_all(array, PNG, first=indices.start)
     if done:
         print(f"resuming: {sum(map(len, done))} of {config.num_images} images are done", file=sys.stderr)
-    return [batch for gap in missing(done, config.num_images) for batch in sampling.cut(gap, size)]
+    return [batch for gap in missing(done, config.num_images) for batch in generation.cut(gap, size)]
 
 
 def _write_outputs(
@@ -173,7 +180,7 @@ def _write_outputs(
     """images.npz, its card, the grid and the strip."""
     config = params.sample
     paths.SAMPLES.mkdir(parents=True, exist_ok=True)
-    labels = sampling.labels_of(config, denoiser.num_classes, range(config.num_images))
+    labels = generation.labels_of(config, denoiser.num_classes, range(config.num_images))
     if labels is None:
         np.savez(paths.SAMPLES_NPZ, images=drawn)
     else:
@@ -193,26 +200,26 @@ def _write_outputs(
         "code": _code(),
     }
     paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")
-    images.save_png(images.grid(drawn[:GRID_IMAGES], columns=8, scale=images.zoom(drawn)), paths.SAMPLES / "grid.png")
+    grids.save_png(grids.grid(drawn[:GRID_IMAGES], columns=8, scale=grids.zoom(drawn)), paths.SAMPLES / "grid.png")
     shown = range(min(STRIP_IMAGES, config.num_images))
-    strip = sampling.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
-    images.save_png(images.strip(strip.numpy(), scale=images.zoom(drawn)), paths.SAMPLES / "denoising.png")
+    strip = panels.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
+    grids.save_png(grids.strip(strip.numpy(), scale=grids.zoom(drawn)), paths.SAMPLES / "denoising.png")
     if labels is not None:
         _write_classes(drawn, labels)
-        if export.is_guidable(card):
-            _write_guidances(params, denoiser, device, images.zoom(drawn))
+        if model_file.is_guidable(card):
+            _write_guidances(params, denoiser, device, grids.zoom(drawn))
 
 
 def _write_classes(drawn: np.ndarray, labels: Tensor) -> None:
     """classes.png, a row a class."""
-    rows = sampling.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
+    rows = panels.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
     if len(rows):
-        picture = images.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=images.zoom(drawn))
-        images.save_png(picture, paths.SAMPLES / "classes.png")
+        picture = grids.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=grids.zoom(drawn))
+        grids.save_png(picture, paths.SAMPLES / "classes.png")
 
 
 def _write_guidances(params: Params, denoiser: Denoiser, device: torch.device, scale: int) -> None:
     """guidance.png, a row an image, a column a guidance."""
     shown = range(min(SWEEP_IMAGES, params.sample.num_images))
-    sweep = sampling.guidance_sweep(denoiser, params.sample, params.seed, shown, device)
-    images.save_png(images.strip(sweep.numpy(), scale=scale), paths.SAMPLES / "guidance.png")
+    sweep = panels.guidance_sweep(denoiser, params.sample, params.seed, shown, device)
+    grids.save_png(grids.strip(sweep.numpy(), scale=scale), paths.SAMPLES / "guidance.png")

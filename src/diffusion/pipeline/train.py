@@ -4,32 +4,33 @@ import contextlib
 import csv
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
-from diffusion import paths, tracking
+from diffusion import paths
 from diffusion.config import Params, TrainedConfig, flat, trained, write_yaml
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
-from diffusion.ema import ema_decay
 from diffusion.errors import UserError
-from diffusion.export import save_model
-from diffusion.fingerprint import fingerprint
-from diffusion.journal import NullTracker, Tracker
-from diffusion.locks import only_process
-from diffusion.mlflow_writer import SystemMetrics
-from diffusion.previews import write_previews
-from diffusion.progress import Record
-from diffusion.provenance import origin
+from diffusion.interrupts import StopRequest
+from diffusion.locks import only_trainer
+from diffusion.model.model_file import save_model
 from diffusion.runtime import keep_freed_memory, peak_memory
-from diffusion.scoring import Scorer
-from diffusion.training import Trainer, train
+from diffusion.serving.registry import register
+from diffusion.tracking import runs
+from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.tracking.mlflow_writer import SystemMetrics
+from diffusion.tracking.provenance import origin
+from diffusion.training.ema import ema_decay
+from diffusion.training.identity import fingerprint
+from diffusion.training.loop import Trainer, train
+from diffusion.training.previews import write_previews
+from diffusion.training.progress import Record
+from diffusion.training.scoring import Scorer
 
 
 def fit(params: Params) -> None:
@@ -55,7 +56,7 @@ def fit(params: Params) -> None:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
         made_by = origin(params, device)
         tracker = _open_run(params, folder, data.digest, made_by) if world.is_main else NullTracker()
-        with tracking.closing_status(tracker, "train"):
+        with runs.closing_status(tracker, "train"):
             if world.is_main:
                 _describe(params, folder, tracker)
             if world.is_main and _shows(trainer) and not _has_previews(trainer):  # it was killed before it drew them
@@ -65,39 +66,6 @@ def fit(params: Params) -> None:
                 _draw_previews(trainer, tracker)
             if world.is_main:
                 _write_outputs(trainer, tracker, data.digest, made_by)
-
-
-@contextlib.contextmanager
-def only_trainer(folder: Path) -> Iterator[None]:
-    """Keep a second trainer out of this run and of this workspace: a killed `dvc` leaves its stage running.
-
-    Raises:
-        UserError: another process holds one of the two locks.
-    """
-    work = "is training here"
-    with only_process(folder / "lock", work), only_process(paths.TRAIN_LOCK, work):
-        yield
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag that is read between two steps; the second one interrupts."""
-
-    def __init__(self, again: str = "dvc repro") -> None:
-        """`again` is the command that goes on."""
-        self.asked, self.again = False, again
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt(f"stopped at once; `{self.again}` goes on from the last checkpoint")
-        self.asked = True
 
 
 def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
@@ -172,11 +140,12 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
 
 def _open_run(params: Params, folder: Path, data_digest: str, made_by: dict[str, str]) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
-    return tracking.open_run(
+    return runs.open_run(
         params.tracking,
         name=run_name(params),
         run_folder=folder,
         tags={"data.digest": data_digest, "fingerprint": folder.name, **made_by},
+        register=register,
     )
 
 

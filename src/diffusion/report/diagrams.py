@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from torch import Tensor, nn
 
-from diffusion import figures
-from diffusion import images as pictures
-from diffusion.layers import SelfAttention
-from diffusion.schedules import SCHEDULES, make_schedule
-from diffusion.unet import Block, UNet
+from diffusion.data import grids as pictures
+from diffusion.data.pixels import rgb
+from diffusion.model.layers import SelfAttention
+from diffusion.model.schedules import SCHEDULES, make_schedule
+from diffusion.model.unet import Block, UNet
+from diffusion.report import figures
 
 KINDS = {
     "convolution": figures.FAINT,
@@ -112,7 +113,7 @@ def schedules_noising_figure(image: np.ndarray, num_steps: int, *, columns: int 
     found = [figures.noising_frames(image[None], schedule, columns, seed) for schedule in schedules]
     frames = np.concatenate([frames for frames, _ in found], axis=1)
     scale, gap, margin, left, head = pictures.zoom(image[None], 64), 4, 20, 90, 76
-    picture = pictures.strip(pictures.rgb(frames), gap=gap, scale=scale)
+    picture = pictures.strip(rgb(frames), gap=gap, scale=scale)
     height, width = picture.shape[:2]
     figure = figures.pixel_figure(width + left + margin, height + head + margin)
     figure.figimage(picture, left, margin)

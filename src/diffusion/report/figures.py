@@ -5,7 +5,6 @@ returns the Figure; the function beside it writes it to a PNG file.
 """
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
-from diffusion import images as pictures
 from diffusion.config import DiffusionConfig
-from diffusion.data import to_tensor, to_uint8
-from diffusion.process import q_sample
-from diffusion.schedules import SCHEDULES, NoiseSchedule, configured_schedule, make_schedule
+from diffusion.data import grids as pictures
+from diffusion.data.pixels import rgb, to_tensor, to_uint8
+from diffusion.model.process import q_sample
+from diffusion.model.schedules import SCHEDULES, NoiseSchedule, configured_schedule, make_schedule
 
 DPI = 144
 INK, FAINT, GRID = "#1f2328", "#59636e", "#e3e6ea"
@@ -115,7 +113,7 @@ def noising_figure(images: np.ndarray, schedule: NoiseSchedule, *, columns: int 
     scale = pictures.zoom(images, 96)
     frames, steps = noising_frames(images, schedule, columns, seed)
     gap, margin, head = 4, 20, 84
-    picture = pictures.strip(pictures.rgb(frames), gap=gap, scale=scale)
+    picture = pictures.strip(rgb(frames), gap=gap, scale=scale)
     height, width = picture.shape[:2]
     figure = pixel_figure(width + 2 * margin, height + head + margin)
     figure.figimage(picture, margin, margin)
@@ -138,7 +136,7 @@ def noising_strip(images: np.ndarray, schedule: NoiseSchedule, path: Path) -> No
 
 def comparison_figure(real: np.ndarray, generated: np.ndarray, scores: str, *, columns: int = 8) -> Figure:
     """The first columns^2 of both sets, uint8 (N, H, W, C), side by side; `scores` stands under the second's title."""
-    shown = [pictures.rgb(images[: columns**2]) for images in (real, generated)]
+    shown = [rgb(images[: columns**2]) for images in (real, generated)]
     grids = [pictures.grid(images, columns=columns, scale=pictures.zoom(images)) for images in shown]
     margin, head, between = 20, 68, 36
     height = max(picture.shape[0] for picture in grids)
@@ -166,7 +164,7 @@ def pairs_figure(above: np.ndarray, below: np.ndarray, labels: Sequence[str], *,
     figure = pixel_figure(2 * margin + columns * (width + gap) - gap, 2 * margin + rows * tall)
     for i, label in enumerate(labels):
         x, bottom = margin + i % columns * (width + gap), margin + (rows - 1 - i // columns) * tall
-        pair = pictures.rgb(np.stack([above[i], below[i]]))
+        pair = rgb(np.stack([above[i], below[i]]))
         figure.figimage(pictures.grid(pair, columns=1, gap=0, scale=scale), x, bottom + foot)
         write_text(figure, x + width / 2, bottom + foot - 18, label, 13, ha="center", color=FAINT)
     return figure
@@ -182,19 +180,6 @@ def save(figure: Figure, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pictures.save_png(np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[:, :, :3]), path)
-
-
-def save_pyplot(figure: Figure, path: Path) -> None:
-    """As `save`, for a figure that another library made with pyplot, which is told to forget it.
-
-    The picture is as large as what is in it: such a library may leave labels and legends outside of the figure.
-    """
-    from matplotlib import pyplot
-
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.15)
-    pyplot.close(figure)
-    pictures.save_png(np.asarray(Image.open(drawn).convert("RGB")), path)
 
 
 def style(axes: Axes, title: str, x_label: str, y_label: str) -> None:

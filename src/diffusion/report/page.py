@@ -9,15 +9,16 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from diffusion import diagrams, figures, paths, sampling, tracking
-from diffusion.config import DiffusionConfig, ModelConfig, Params, section_from_dict
-from diffusion.data import real_images
+from diffusion import paths
+from diffusion.config import DiffusionConfig, ModelConfig, section_from_dict
+from diffusion.data.dataset import real_images
+from diffusion.data.image_sets import load_samples
 from diffusion.errors import UserError
-from diffusion.image_files import load_samples
-from diffusion.journal import JOURNAL
 from diffusion.metrics.names import shown
-from diffusion.schedules import configured_schedule
-from diffusion.unet import UNet
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
+from diffusion.report import diagrams, figures
+from diffusion.sampling import panels
 
 NOISED_IMAGES = 5
 SHOWN_PREVIEWS = 6
@@ -75,24 +76,9 @@ PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 """)
 
 
-def report(params: Params) -> None:
-    """Write report/, here and to the model's run: loss.png, noising.png, ..., and index.html, which holds all pictures.
-
-    Raises:
-        UserError: an output of an earlier stage is missing or damaged.
-    """
-    card = _read_json(paths.SAMPLES_CARD)
-    journal, known = paths.RUNS / card["fingerprint"] / JOURNAL, card | card.get("made_by", {})
-    tracker = tracking.attach(params.tracking, card["run_id"], stage="report", journal=journal, card=known)
-    with tracking.closing_status(tracker, "report"):
-        _write(card, paths.REPORT)
-        for path in sorted(paths.REPORT.iterdir()):
-            tracker.artifact(path, "report")
-
-
-def _write(card: dict[str, Any], folder: Path) -> None:
+def write_page(card: dict[str, Any], folder: Path) -> None:
     """All of report/; network and schedule are the ones of the model that drew, which params.yaml may not have."""
-    evaluated, imported = _read_json(paths.EVALUATE_METRICS), card.get("weights") == "imported"
+    evaluated, imported = read_json(paths.EVALUATE_METRICS), card.get("weights") == "imported"
     scores = {name: value for name, value in evaluated.items() if name != "about"}
     real, generated = real_images("train"), load_samples(paths.SAMPLES_NPZ)
     diffusion, net = _made_with(card)
@@ -118,7 +104,7 @@ def _write(card: dict[str, Any], folder: Path) -> None:
         summary=f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {len(generated):,} samples",
         headline=[
             *((name, shown(value)) for name, value in scores.items()),
-            *([] if imported else _of_training(_read_json(paths.TRAIN_METRICS))),
+            *([] if imported else _of_training(read_json(paths.TRAIN_METRICS))),
             ("parameters", f"{sum(p.numel() for p in net.parameters()):,}"),
         ],
         pictures=[(title, _embedded(path)) for title, path in pictures.items()],
@@ -166,7 +152,7 @@ def _of_classes() -> dict[str, Path]:
     """Pictures that only a conditional model has."""
     titles = {
         "Samples by class: a row each": paths.SAMPLES / "classes.png",
-        f"Guidance {', '.join(f'{g:g}' for g in sampling.GUIDANCES)}, the same noise": paths.SAMPLES / "guidance.png",
+        f"Guidance {', '.join(f'{g:g}' for g in panels.GUIDANCES)}, the same noise": paths.SAMPLES / "guidance.png",
     }
     return {title: path for title, path in titles.items() if path.exists()}
 
@@ -211,7 +197,7 @@ def _embedded(picture: Path) -> str:
         raise UserError(f"{picture} cannot be read ({error.strerror}): run `dvc repro`") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Images from noise: image i has random numbers of its own, whatever the batch it is made in."""
 
-import dataclasses
 import math
 import sys
 from collections import deque
@@ -11,16 +10,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.config import SampleConfig
-from diffusion.data import to_uint8
+from diffusion.data.pixels import to_uint8
 from diffusion.errors import UserError
-from diffusion.noise import standard_normals
-from diffusion.parameterization import Denoiser
-from diffusion.samplers import configured, evaluations
-from diffusion.schedules import sampling_timesteps
+from diffusion.model.denoiser import Denoiser
+from diffusion.sampling.noise import standard_normals
+from diffusion.sampling.samplers import configured, evaluations
+from diffusion.sampling.spacings import sampling_timesteps
 
 CPU_BATCH = 256
 CUDA_BATCH = 4096  # tried first; from there on only the memory grows, and what a stop loses
-GUIDANCES = (0.0, 1.0, 1.5, 2.0, 3.0, 5.0)
 COMPILE_FROM = 5_000_000  # network evaluations of one image: fewer are done before the compiler is
 
 
@@ -72,27 +70,6 @@ def generate(
     drawing = Drawing(denoiser, config, seed, device, size=size, images=len(indices))
     for _, images in drawing.batches(cut(indices, size)):
         yield images()
-
-
-def stages(
-    denoiser: Denoiser, config: SampleConfig, seed: int, indices: Sequence[int], device: torch.device, columns: int
-) -> Tensor:
-    """uint8 (columns, B, H, W, C): evenly spaced moments of the denoising, from x_T to the image."""
-    picked = torch.linspace(0, config.steps, min(columns, config.steps + 1)).round().long().tolist()
-    frames = enumerate(trajectory(denoiser, config, seed, indices, device))
-    return torch.stack([to_uint8(x) for step, x in frames if step in picked]).cpu()
-
-
-def by_class(images: Tensor, labels: Tensor, columns: int) -> Tensor:
-    """uint8 (classes * columns, H, W, C): the first `columns` images of each class that has so many, class by class."""
-    rows = [images[labels == label][:columns] for label in labels.unique().tolist()]
-    return torch.cat([row for row in rows if len(row) == columns] or [images[:0]])
-
-
-def guidance_sweep(denoiser: Denoiser, config: SampleConfig, seed: int, indices: range, device: torch.device) -> Tensor:
-    """uint8 (len(GUIDANCES), B, H, W, C): the images `indices` with each guidance, from the same noise."""
-    guided = [dataclasses.replace(config, guidance=g, compile="off") for g in GUIDANCES]
-    return torch.stack([torch.cat([*generate(denoiser, one, seed, indices, device)]) for one in guided])
 
 
 def batch_size(denoiser: Denoiser, config: SampleConfig, images: int, device: torch.device) -> int:

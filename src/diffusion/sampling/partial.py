@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion.data import UNREADABLE, read_npz
+from diffusion.data.npz import UNREADABLE, read_npz
 from diffusion.errors import UserError
 
 

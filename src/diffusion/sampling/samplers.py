@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from diffusion.config import SampleConfig
-from diffusion.parameterization import Prediction
-from diffusion.process import column, posterior_mean_variance, signal_and_noise
-from diffusion.schedules import SIGMA_MAX, NoiseSchedule, sampling_timesteps
+from diffusion.model.denoiser import Prediction
+from diffusion.model.process import column, posterior_mean_variance, signal_and_noise
+from diffusion.model.schedules import SIGMA_MAX, NoiseSchedule
+from diffusion.sampling.spacings import sampling_timesteps
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 Noise = Callable[[], Tensor]

@@ -7,33 +7,33 @@ import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from diffusion import api
 from diffusion.config import SampleConfig, section_from_dict
 from diffusion.errors import UserError
+from diffusion.serving import requests
 
 
 class Answering:
-    """Answers one request a call: see `api.Request`.
+    """Answers one request a call: see `requests.Request`.
 
     Not in the class below: MLflow asks for type hints of a `predict` that it finds there, and takes them as schemas of
     lists of requests.
     """
 
-    generator: api.Generator
+    generator: requests.Generator
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the weights and how to sample with them, on what this machine has."""
         sample = section_from_dict(SampleConfig, {**context.model_config["sample"], "device": "auto"})
-        self.generator = api.Generator(Path(context.artifacts["weights"]), sample)
+        self.generator = requests.Generator(Path(context.artifacts["weights"]), sample)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """The answer (see `api.Generator.answer`) to `model_input`, a table of one row."""
+        """The answer (see `requests.Generator.answer`) to `model_input`, a table of one row."""
         try:
             if len(model_input) != 1:
                 raise UserError(f"give one request a call, not {len(model_input)}")
             inputs = {name: _plain(model_input[name].iloc[0]) for name in model_input}  # a row would turn 16 into 16.0
             mine = self.generator
-            return mine.answer(api.parse(inputs, mine.num_classes, guidable=mine.guidable))
+            return mine.answer(requests.parse(inputs, mine.num_classes, guidable=mine.guidable))
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

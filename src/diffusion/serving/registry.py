@@ -21,10 +21,10 @@ import click
 from diffusion import paths
 from diffusion.config import load
 from diffusion.errors import UserError
-from diffusion.journal import warn
-from diffusion.mlflow_store import connect, is_server
+from diffusion.tracking.journal import warn
+from diffusion.tracking.mlflow_store import connect, is_server
 
-LIBRARY = Path(__file__).parent
+LIBRARY = Path(__file__).parents[1]
 WAY = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance", "labels")  # how a model is sampled
 PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tqdm")
 
@@ -198,7 +198,7 @@ def save(
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
         mlflow.pyfunc.save_model(
             path=str(folder),
-            python_model=str(code / "pyfunc.py"),
+            python_model=str(code / "serving/pyfunc_model.py"),
             artifacts={key: str(path) for key, path in files.items()},
             code_paths=[str(code)],
             model_config={"sample": dict(sample)},
@@ -251,7 +251,3 @@ def _list(client: Any, name: str) -> None:
         tags, aliases = found.tags, "/".join(sorted(found.aliases)) or "-"
         scores = ", ".join(f"{name} {float(tags[name]):.2f} ({tags[f'{name}.of']})" for name in _scores(tags))
         click.echo(f"{v.version:>3}  {aliases:<20}  {found.description}  {scores}")
-
-
-if __name__ == "__main__":
-    main()

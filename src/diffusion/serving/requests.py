@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 
-from diffusion import images, sampling
 from diffusion.config import SampleConfig, Seed
+from diffusion.data import grids
 from diffusion.errors import UserError
-from diffusion.export import is_guidable, load_denoiser, read_card
+from diffusion.model.model_file import is_guidable, load_denoiser, read_card
 from diffusion.ranges import Range, allowed
 from diffusion.runtime import resolve_device
+from diffusion.sampling import generation
 
 MAX_IMAGES = 64  # a call
 
@@ -105,9 +106,9 @@ class Generator:
         )
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         with self._turn:
-            drawn = torch.cat([*sampling.generate(self._denoiser, config, seed, range(count), self._device)]).numpy()
-        labels = sampling.labels_of(config, self.num_classes, range(count))
-        pictures = [base64.b64encode(images.png(image)).decode() for image in drawn]
+            drawn = torch.cat([*generation.generate(self._denoiser, config, seed, range(count), self._device)]).numpy()
+        labels = generation.labels_of(config, self.num_classes, range(count))
+        pictures = [base64.b64encode(grids.png(image)).decode() for image in drawn]
         found = {
             "images": pictures if request.format == "png" else drawn.tolist(),
             "format": request.format,

@@ -15,11 +15,12 @@ from typing import Any
 
 import click
 
-from diffusion import api, paths
+from diffusion import paths
 from diffusion.config import load
 from diffusion.errors import UserError
-from diffusion.mlflow_store import connect
-from diffusion.registry import champion, model_name
+from diffusion.serving import requests
+from diffusion.serving.registry import champion, model_name
+from diffusion.tracking.mlflow_store import connect
 
 MAX_BODY = 65_536  # bytes; the longest sensible request has a hundredth of it
 MODEL = "__pyfunc_model_path__"  # where MLflow's server looks for the folder
@@ -162,13 +163,9 @@ def check(body: bytes, num_classes: int | None, *, guidable: bool = True) -> Non
     if not isinstance(content, dict) or set(content) != {"inputs"}:
         raise UserError('the body must be an object such as {"inputs": {"num_images": 16, "seed": 7}}')
     inputs = content["inputs"]
-    api.parse(inputs, num_classes, guidable=guidable)
+    requests.parse(inputs, num_classes, guidable=guidable)
     for name, value in inputs.items():  # MLflow's schema has neither null nor what the model does not know
         if value is None:
             raise UserError(f"{name} must not be null: leave it out")
         if num_classes is None and name in ("labels", "guidance"):
             raise UserError(f"this model knows no classes: leave out {name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
-"""`python -m diffusion.lineage MODEL | RUN_ID`: which code, data, parameters and run made a model, and what came of it.
+"""Which code, data, parameters and run made a model, and what came of it.
 
 A model file is explained by the cards beside it, without a server; a run id by MLflow's store and the local folders.
 """
 
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,12 @@ import click
 from diffusion import paths
 from diffusion.config import flat, trained_from_dict
 from diffusion.errors import UserError
-from diffusion.export import read_card
 
 Row = tuple[str, object]
 
 
-@click.command()
-@click.argument("what", default=str(paths.MODEL), metavar="[MODEL | RUN_ID]")
-def main(what: str) -> None:
-    """Print what made MODEL (a safetensors file with its card), or the files of an MLflow run."""
-    try:
-        rows = of_model(Path(what)) if what.endswith(".safetensors") else of_run(what)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
-
-
-def of_model(path: Path) -> list[Row]:
-    """What the model's card says, and the samples and scores in the working folder that were made from it.
-
-    Raises:
-        UserError: there is no such card.
-    """
-    card = read_card(path)
+def of_model(path: Path, card: Mapping[str, Any]) -> list[Row]:
+    """What the model's card says, and the samples and scores in the working folder that were made from it."""
     rows: list[Row] = [("model", path)]
     rows += [(key, card.get(key)) for key in ("weights", "step", "val_loss", "data_digest", "fingerprint", "run_id")]
     rows += sorted(card.get("origin", {}).items())
@@ -58,7 +38,7 @@ def of_run(run_id: str) -> list[Row]:
     Raises:
         UserError: the store does not answer, or has no such run.
     """
-    from diffusion.mlflow_store import connect
+    from diffusion.tracking.mlflow_store import connect
 
     try:
         client = connect()
@@ -94,7 +74,3 @@ def _json(path: Path) -> dict[str, Any]:
         click.secho(f"warning: {path} is left out: {' '.join(str(error).split())}", fg="yellow", err=True)
         return {}
     return content
-
-
-if __name__ == "__main__":
-    main()

@@ -15,8 +15,8 @@ import psutil
 from filelock import FileLock
 
 from diffusion import paths
-from diffusion.journal import warn
-from diffusion.outbox import is_refusal
+from diffusion.tracking.journal import warn
+from diffusion.tracking.retry_queue import is_refusal
 
 FILE_SECONDS = 300  # for the answer to an upload
 CREATE_SECONDS = 120.0  # for another process to make the database

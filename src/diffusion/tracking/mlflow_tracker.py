@@ -4,9 +4,9 @@ import threading
 import time
 from pathlib import Path
 
-from diffusion.journal import Event, Journal, NullTracker, mark_sent, warn
-from diffusion.mlflow_writer import RunWriter
-from diffusion.outbox import Lane, brief, is_refusal
+from diffusion.tracking.journal import Event, Journal, NullTracker, mark_sent, warn
+from diffusion.tracking.mlflow_writer import RunWriter
+from diffusion.tracking.retry_queue import Lane, brief, is_refusal
 
 GATHER_SECONDS = 1.0  # how long points gather before they are written together
 CLOSE_SECONDS = 5.0  # what a store that is away, hangs or is slow may cost when a run is closed

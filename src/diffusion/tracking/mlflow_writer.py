@@ -5,15 +5,14 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from diffusion import registry
-from diffusion.journal import Event, warn
-from diffusion.outbox import POINTS_PER_BATCH, UnreadableError, brief
+from diffusion.tracking.journal import Event, warn
+from diffusion.tracking.retry_queue import POINTS_PER_BATCH, UnreadableError, brief
 
 PAIRS_PER_BATCH = 100  # MLflow's limits
 PARAM_CHARS = 6000
@@ -22,12 +21,15 @@ DIGEST_CHARS = 36
 SYSTEM_SECONDS = 10.0
 THUMBNAIL = 256  # pixels
 
+Register = Callable[[Any, str, Path, Mapping[str, Any]], None]  # client, run id, weights, what is known of the model
+
 
 class RunWriter:
     """Writes events to one run; sending one twice changes nothing. Raises what MLflow's client raises."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
-        self._client, self.run_id = client, run_id
+    def __init__(self, client: Any, run_id: str, register: Register | None = None) -> None:
+        """`register` writes models; without it an event that has one is kept in the journal."""
+        self._client, self.run_id, self._register = client, run_id, register
 
     def send(self, batch: list[Event]) -> None:
         """Write metric events, or one event of another kind."""
@@ -78,7 +80,9 @@ class RunWriter:
         event, path = batch[0], Path(batch[0].data["path"])
         _check_readable(path)
         if event.kind == "model":
-            registry.register(self._client, self.run_id, path, event.data)
+            if self._register is None:
+                raise UnreadableError("nothing registers models here")
+            self._register(self._client, self.run_id, path, event.data)
         elif event.kind == "image":
             self._log_image(path, event)
         else:

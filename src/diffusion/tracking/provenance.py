@@ -4,10 +4,8 @@ import json
 import platform
 import subprocess
 import sys
-from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from modulefinder import ModuleFinder
 from pathlib import Path
 
 import torch
@@ -15,25 +13,6 @@ import torch
 from diffusion.config import Params, to_dict
 
 PACKAGES = ("torch", "numpy", "mlflow", "dvc")
-
-LIBRARY = Path(__file__).parent
-
-
-@cache
-def import_closure(script: Path, root: Path = LIBRARY.parent) -> frozenset[Path]:
-    """The files below `root` that running `script` can import, the script included; nothing is executed."""
-    finder = ModuleFinder(path=[str(root)])
-    finder.run_script(str(script))
-    files = (getattr(module, "__file__", None) for module in finder.modules.values())
-    return frozenset(Path(file) for file in files if file)
-
-
-def code_digest(script: Path) -> str:
-    """sha256 over the import closure of `script`: changes whenever code that it depends on does."""
-    sha = sha256()
-    for path in sorted(import_closure(script)):
-        sha.update(path.name.encode() + b"\0" + path.read_bytes())
-    return sha.hexdigest()
 
 
 def origin(params: Params, device: torch.device) -> dict[str, str]:

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from diffusion.journal import Event
+from diffusion.tracking.journal import Event
 
 MAX_BACKOFF_SECONDS = 30.0
 MAX_WAITING = 20_000  # events that wait for the store; further points stay in the journal alone

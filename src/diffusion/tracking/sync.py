@@ -1,41 +1,19 @@
 """`make sync`: send MLflow what it lacks of every journal below runs/, as after an outage or on a plane."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import click
-from tqdm import tqdm
-
-from diffusion import paths
-from diffusion.journal import JOURNAL, Event, Sitting, mark_sent, remember, remembered, unsent
-from diffusion.mirror import MlflowTracker
-from diffusion.mlflow_store import connect, enter, has_run, is_alive
-from diffusion.mlflow_writer import RunWriter
+from diffusion.tracking.journal import Event, Sitting, mark_sent, remember, remembered, unsent
+from diffusion.tracking.mlflow_store import enter, has_run, is_alive
+from diffusion.tracking.mlflow_tracker import MlflowTracker
+from diffusion.tracking.mlflow_writer import Register, RunWriter
 
 
-@click.command()
-def main() -> None:
-    """Send MLflow what it lacks of the local journals; what it has is not sent twice."""
-    journals = sorted(paths.RUNS.glob(f"*/{JOURNAL}"))
-    if not journals:
-        click.echo(f"{paths.RUNS} holds no journals: nothing to send")
-        return
-    try:
-        client = connect()
-        for path in tqdm(journals, desc="sync", unit=" journals", disable=len(journals) < 3):
-            tqdm.write(f"{path.parent.name}: {sync(path, client)}")
-    except Exception as error:  # not installed, no network, refused
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        click.secho(f"error: no MLflow ({reason})", fg="red", err=True)
-        sys.exit(2)
-
-
-def sync(path: Path, client: Any) -> str:
+def sync(path: Path, client: Any, register: Register) -> str:
     """Send MLflow what it lacks of a journal: in words what was done, or why it was not.
 
-    Sittings that wrote to no run share the run of the others, or a new one.
+    Sittings that wrote to no run share the run of the others, or a new one. `register` writes models.
     """
     sittings = unsent(path)
     if not sittings:
@@ -47,7 +25,7 @@ def sync(path: Path, client: Any) -> str:
     for run_id in dict.fromkeys(sitting.run_id or shared for sitting in sittings):
         if not has_run(client, run_id):
             return f"not sent: this store has no run {run_id} (is MLFLOW_TRACKING_URI set?)"
-        mirror = MlflowTracker(RunWriter(client, run_id), path, patient=True)
+        mirror = MlflowTracker(RunWriter(client, run_id, register), path, patient=True)
         _replay([sitting for sitting in sittings if (sitting.run_id or shared) == run_id], mirror)
         mirror.finish()
         if mirror.pending:
@@ -82,7 +60,3 @@ def _shared_run(sittings: list[Sitting], path: Path, client: Any) -> str:
         found = enter(client, first["experiment"], first["asked_run_id"], first["name"], first["tags"])
         remember(path, found)
     return found
-
-
-if __name__ == "__main__":
-    main()

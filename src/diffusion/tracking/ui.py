@@ -15,7 +15,7 @@ import click
 from diffusion import paths
 from diffusion.config import load
 from diffusion.errors import UserError
-from diffusion.mlflow_store import connect, is_server, prepare_store
+from diffusion.tracking.mlflow_store import connect, is_server, prepare_store
 
 VIEW = "best"
 SCORES = ("fid", "fd_")  # how the names of metrics begin that runs are ordered by; lower is better
@@ -95,7 +95,3 @@ def differing(runs: list[Any]) -> list[str]:
     differ = [key for key in values if len(values[key]) > 1 and key.split(".")[-1] not in SILENT]
     differ.sort(key=lambda key: (TELLING.index(key) if key in TELLING else len(TELLING), key))
     return differ[:PARAMS] or list(TELLING[:4])
-
-
-if __name__ == "__main__":
-    main()

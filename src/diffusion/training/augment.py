@@ -1,6 +1,6 @@
 """Non-leaking augmentation (Karras et al. 2022, appendix F.2): the network is told what was done, and samples without.
 
-What is done to an image is its row of LABELS numbers; zeros leave it as it is.
+What is done to an image is its row of AUGMENT_LABELS numbers; zeros leave it as it is.
 """
 
 import math
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LABELS = 8  # y-flip; log2 scale; rotation (cos - 1, sin); log2 stretch along an angle (cos, sin); shift (x, y)
 SCALE, SHIFT = 0.2, 0.125  # standard deviations: of log2 sizes, and in image widths
 TURNED = 0.5  # share of stretches that are along any angle; the others are along x or y
 
 
 def draw(count: int, probability: float, source: torch.Generator) -> Tensor:
-    """float32 (count, LABELS): each of the five augmentations happens with `probability`, of random strength."""
+    """float32 (count, AUGMENT_LABELS): each of five augmentations happens with `probability`, of random strength."""
 
     def gate() -> Tensor:
         return (torch.rand(count, generator=source, device=source.device) < probability).float()
@@ -38,7 +37,7 @@ def draw(count: int, probability: float, source: torch.Generator) -> Tensor:
 
 
 def applied(images: Tensor, labels: Tensor) -> Tensor:
-    """Images (B, C, H, W), H = W, as their `labels` (B, LABELS) say: bilinear, mirrored at the edges."""
+    """Images (B, C, H, W), H = W, as their `labels` (B, AUGMENT_LABELS) say: bilinear, mirrored at the edges."""
     grid = F.affine_grid(_inverse(labels)[:, :2], list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid.to(images.dtype), padding_mode="reflection", align_corners=False)
     changed = labels.ne(0).any(dim=1).view(-1, 1, 1, 1)

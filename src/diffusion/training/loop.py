@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion import augment, checkpoint
 from diffusion.config import TrainedConfig
-from diffusion.data import Batches, Dataset, to_tensor
+from diffusion.data.dataset import Batches, Dataset
+from diffusion.data.pixels import to_tensor
 from diffusion.distributed import ALONE, World, data_parallel
-from diffusion.ema import EMA, ema_decay
 from diffusion.errors import UserError
-from diffusion.loss import Loss
-from diffusion.optim import clipped_step, learning_rate, make_optimizer
-from diffusion.parameterization import Denoiser
-from diffusion.progress import Progress, Record, smoothed
+from diffusion.model.denoiser import Denoiser
+from diffusion.model.schedules import configured_schedule
+from diffusion.model.unet import UNet
 from diffusion.runtime import compiled, generator, resolve_precision, seeded, use_fast_kernels
-from diffusion.schedules import configured_schedule
-from diffusion.unet import UNet
+from diffusion.training import augment, checkpoint
+from diffusion.training.ema import EMA, ema_decay
+from diffusion.training.loss import Loss
+from diffusion.training.optim import clipped_step, learning_rate, make_optimizer
+from diffusion.training.progress import Progress, Record, smoothed
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
@@ -231,7 +232,7 @@ class Trainer:
     def _given(self, salt: str) -> dict[str, Tensor]:
         """What the network is told of this rank's images beside x and t.
 
-        labels: int64 (B,), -1 where dropped (Ho & Salimans 2022, algorithm 1); augment: float32 (B, augment.LABELS).
+        labels: int64 (B,), -1 where dropped (Ho & Salimans 2022, algorithm 1); augment: float32 (B, AUGMENT_LABELS).
         """
         step, config, given = self.progress.step, self.config, {}
         count, share = config.train.batch_size, slice(self.share.start, self.share.stop)

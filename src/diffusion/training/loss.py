@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.distributed import ALONE, World
-from diffusion.parameterization import PARAMETERIZATIONS
-from diffusion.process import q_sample, signal_and_noise
+from diffusion.model.parameterization import PARAMETERIZATIONS
+from diffusion.model.process import q_sample, signal_and_noise
+from diffusion.model.schedules import NoiseSchedule
 from diffusion.runtime import autocast, generator
-from diffusion.schedules import NoiseSchedule
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 3.4
 LOG_SIGMA_MEAN, LOG_SIGMA_STD = -1.2, 1.2  # Karras et al. 2022, table 1

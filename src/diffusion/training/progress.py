@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from diffusion.ema import ema_decay
+from diffusion.training.ema import ema_decay
 
 SMOOTHING = 0.9  # of the smoothed loss, a logged row
 

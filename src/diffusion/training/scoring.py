@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diffusion import sampling
-from diffusion.config import TrainedConfig
-from diffusion.data import Dataset
+from diffusion.config import SampleConfig, TrainConfig, TrainedConfig
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.extraction import features_of_batch
-from diffusion.extractors import AGAIN
-from diffusion.features import EfficientNetLite0
 from diffusion.metrics import Moments
-from diffusion.previews import preview_config
-from diffusion.reference import Reference, make_reference
-from diffusion.training import Trainer
+from diffusion.metrics.extraction import features_of_batch
+from diffusion.metrics.extractors import AGAIN
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import Reference, make_reference
+from diffusion.sampling import generation
+from diffusion.training.loop import Trainer
 
 REAL = 2048  # training images of the reference
 BATCH = 64
@@ -39,9 +38,9 @@ class Scorer:
 
     def __call__(self, trainer: Trainer) -> float:
         world, count = trainer.world, self.config.evaluate_images
-        config = preview_config(self.config, count, min(count, sampling.CPU_BATCH))
+        config = preview_config(self.config, count, min(count, generation.CPU_BATCH))
         found, mine, denoiser = Moments(self.extractor.dim), world.share(count), trainer.denoiser()
-        for batch in sampling.generate(denoiser, config, trainer.config.seed, mine, self.device) if mine else ():
+        for batch in generation.generate(denoiser, config, trainer.config.seed, mine, self.device) if mine else ():
             for part in batch.split(BATCH):
                 found.update(features_of_batch(part.numpy(), self.extractor, self.device))
         parts = world.gather(found)
@@ -71,3 +70,24 @@ class Scorer:
         for part in parts:
             total.merge(part)
         return total.distance(self.reference())
+
+
+def preview_config(config: TrainConfig, images: int | None = None, batch_size: int | None = None) -> SampleConfig:
+    """How previews are sampled: few deterministic steps, sized by the train section, but for what is given."""
+    return SampleConfig(
+        sampler="ddim",
+        steps=config.preview_steps,
+        spacing="trailing",
+        eta=0.0,
+        variance="fixed_small",
+        clip_x0=True,
+        guidance=1.0,
+        labels="balanced",
+        num_images=images or config.preview_images,
+        batch_size=batch_size or config.preview_images,
+        compile="off",
+        save_png=False,
+        processes=1,
+        device=config.device,
+        precision=config.precision,
+    )

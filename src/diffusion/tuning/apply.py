@@ -13,8 +13,8 @@ from ruamel.yaml.error import YAMLError
 from diffusion import paths
 from diffusion.config import load, schema
 from diffusion.errors import UserError
-from diffusion.tuning_report import RECIPE
-from diffusion.tuning_space import Value, recipe_digest
+from diffusion.tuning.report import RECIPE
+from diffusion.tuning.space import Value, recipe_digest
 
 SCALAR = re.compile(r"""'[^']*'|"[^"]*"|[^\s,#}\]]+""")
 
@@ -92,7 +92,3 @@ def _edited(text: str, values: dict[str, Value]) -> str:
             written = value if isinstance(value, str) else json.dumps(value)
             lines[line] = lines[line][:column] + SCALAR.sub(written, lines[line][column:], count=1)
     return "".join(lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ import click
 from diffusion import paths
 from diffusion.config import load
 from diffusion.errors import UserError
-from diffusion.tuning_store import shown, storage_url
+from diffusion.tuning.store import shown, storage_url
 
 
 @click.command()
@@ -32,7 +32,3 @@ def main(port: int) -> None:
     click.echo(f"Studies of {shown(url)}: open http://127.0.0.1:{port}   (Ctrl-C to stop)")
     sys.stdout.flush()
     os.execv(command, [command, url, "--host", "127.0.0.1", "--port", str(port)])
-
-
-if __name__ == "__main__":
-    main()

@@ -11,17 +11,17 @@ import torch
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.extraction import features_of_batch
-from diffusion.features import EfficientNetLite0
-from diffusion.loss import LOG_SIGMA_MEAN, LOG_SIGMA_STD
 from diffusion.metrics import Moments
-from diffusion.parameterization import SIGMA_DATA
-from diffusion.previews import preview_config
-from diffusion.process import column
-from diffusion.reference import Reference
+from diffusion.metrics.extraction import features_of_batch
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import Reference
+from diffusion.model.parameterization import SIGMA_DATA
+from diffusion.model.process import column
 from diffusion.runtime import autocast, generator
-from diffusion.sampling import generate
-from diffusion.training import Trainer
+from diffusion.sampling.generation import generate
+from diffusion.training.loop import Trainer
+from diffusion.training.loss import LOG_SIGMA_MEAN, LOG_SIGMA_STD
+from diffusion.training.scoring import preview_config
 
 IMAGES = 512  # of the validation images
 BATCH = 128

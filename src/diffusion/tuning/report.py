@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from diffusion import figures, paths
-from diffusion.journal import Tracker
-from diffusion.tuning_space import Value, recipe_digest, settings
-from diffusion.tuning_store import quiet
-from diffusion.tuning_study import COUNTED, SharedStudy
+from diffusion import paths
+from diffusion.tracking.journal import Tracker
+from diffusion.tuning.space import Value, recipe_digest, settings
+from diffusion.tuning.store import quiet
+from diffusion.tuning.study import COUNTED, SharedStudy
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -140,9 +140,17 @@ def draw_figures(shared: SharedStudy) -> None:
             axes[0].set(title="What the pruner sees", xlabel="images seen", ylabel="error on common noise levels")
         if name == SLICE:
             axes[0].figure.set_size_inches(4.5 * len(axes), 4)  # room for the numbers of a log axis
-        figures.save_pyplot(axes[0].figure, path)
+        _save(axes[0].figure, path)
     if reasons and len(shared.trials("COMPLETE")) > 1:
         print(f"tune: not drawn: {', '.join(reasons)}", file=sys.stderr)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """As large as what is in it: Optuna leaves labels and legends outside of the figure."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=144, bbox_inches="tight", pad_inches=0.15)
+    pyplot.close(figure)
 
 
 def replace_text(path: Path, text: str) -> None:

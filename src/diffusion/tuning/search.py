@@ -21,22 +21,25 @@ from pathlib import Path
 
 import torch
 
-from diffusion import paths, tracking, tuning_objective, tuning_space
+from diffusion import paths
 from diffusion.config import Params, flat, to_dict
-from diffusion.data import Dataset
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0
-from diffusion.fit import StopRequest, only_trainer
-from diffusion.journal import Tracker
-from diffusion.provenance import code_digest
-from diffusion.reference import Reference
+from diffusion.interrupts import StopRequest
+from diffusion.locks import only_trainer
+from diffusion.metrics.features import EfficientNetLite0
+from diffusion.metrics.reference import Reference
 from diffusion.runtime import resolve_device
-from diffusion.tuning_report import Ledger, draw_figures
-from diffusion.tuning_space import present, recipe
-from diffusion.tuning_store import answering, is_outage, shown, storage_url
-from diffusion.tuning_study import SharedStudy
-from diffusion.tuning_trial import REPORTS, Objective, Trainings
-from diffusion.tuning_worker import POLL_SECONDS, Job, work, worker
+from diffusion.tracking import runs
+from diffusion.tracking.journal import Tracker
+from diffusion.training.identity import code_digest
+from diffusion.tuning import objective, space
+from diffusion.tuning.report import Ledger, draw_figures
+from diffusion.tuning.space import present, recipe
+from diffusion.tuning.store import answering, is_outage, shown, storage_url
+from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.trial import REPORTS, Objective, Trainings
+from diffusion.tuning.worker import POLL_SECONDS, Job, work, worker
 
 MAX_DEATHS = 20  # of workers, since a trial was finished
 LEDGER_SECONDS = 3.0  # between two looks at the study, which take the workers' cores
@@ -52,7 +55,7 @@ def tune(params: Params) -> None:
     """
     url = storage_url(params.tune)
     resolve_device(params.train.device)  # else every trial would find out
-    reference = tuning_objective.load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
+    reference = objective.load_reference(params, EfficientNetLite0(precision=params.evaluate.precision))
     search(study_name(params, Dataset.load().identity, reference), params, url, Trainings)
 
 
@@ -74,7 +77,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
         os.environ.pop("MLFLOW_RUN_ID", None)  # by it `mlflow run` meant the study's run, not the trials'
         tracker.params(flat(replace(params.tune, storage=shown(url)), "tune"))
         job, ledger = Job(name, params, url, run_id, prepare), Ledger(shared, tracker)
-        with tracking.closing_status(tracker, "tune"):
+        with runs.closing_status(tracker, "tune"):
             ledger.write()  # another study's may lie there
             try:
                 (_alone if params.tune.workers == 1 else _together)(job, ledger, stop)
@@ -95,9 +98,7 @@ def _study_run(shared: SharedStudy) -> tuple[Tracker, str | None]:
     name = shared.name
     with shared.alone():
         known = shared.study.user_attrs.get("mlflow_run_id")
-        tracker = tracking.open_run(
-            shared.params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=known
-        )
+        tracker = runs.open_run(shared.params.tracking, name=f"tune-{name}", run_folder=paths.RUNS / name, run_id=known)
         if tracker.run_id and not known:
             shared.study.set_user_attr("mlflow_run_id", tracker.run_id)
         return tracker, tracker.run_id or known
@@ -114,7 +115,7 @@ def study_name(params: Params, data: str, reference: Reference) -> str:
         "data": data,
         "reference": reference.key,
         "reports": REPORTS,
-        "code": [code_digest(Path(str(module.__file__))) for module in (tuning_objective, tuning_space)],
+        "code": [code_digest(Path(str(module.__file__))) for module in (objective, space)],
     }
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from diffusion.config import Params
-from diffusion.mlflow_store import is_alive, signature
 from diffusion.runtime import generator
-from diffusion.tuning_space import first_settings, read_space
-from diffusion.tuning_store import BUSY_SECONDS, HEARTBEAT_SECONDS, open_storage, quiet
+from diffusion.tracking.mlflow_store import is_alive, signature
+from diffusion.tuning.space import first_settings, read_space
+from diffusion.tuning.store import BUSY_SECONDS, HEARTBEAT_SECONDS, open_storage, quiet
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -40,7 +40,7 @@ class SharedStudy:
         """
         import optuna
 
-        from diffusion.tuning_pruner import make_pruner
+        from diffusion.tuning.pruner import make_pruner
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.name, self.params, self.config, self.space = name, params, params.tune, read_space(params)

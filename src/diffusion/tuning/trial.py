@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from diffusion import images, tracking
 from diffusion.config import Params, flat
-from diffusion.data import Dataset
+from diffusion.data import grids
+from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.features import EfficientNetLite0
-from diffusion.journal import Tracker
-from diffusion.progress import Record
+from diffusion.metrics.features import EfficientNetLite0
 from diffusion.runtime import keep_freed_memory, resolve_device
-from diffusion.training import DivergedError, Trainer, train
-from diffusion.tuning_objective import common_error, draw, load_reference, score
-from diffusion.tuning_space import Value, trial_config
-from diffusion.tuning_study import SharedStudy
+from diffusion.tracking import runs
+from diffusion.tracking.journal import Tracker
+from diffusion.training.loop import DivergedError, Trainer, train
+from diffusion.training.progress import Record
+from diffusion.tuning.objective import common_error, draw, load_reference, score
+from diffusion.tuning.space import Value, trial_config
+from diffusion.tuning.study import SharedStudy
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -107,11 +108,11 @@ class Trainings:
             config = trial_config(self.params, attempt.values)
         except UserError as error:
             raise PrunedError(str(error)) from None
-        tracker = tracking.open_run(
+        tracker = runs.open_run(
             self.params.tracking, name=f"trial {attempt.number}", run_folder=attempt.folder, tags=attempt.tags
         )
         pruned: PrunedError | None = None
-        with tracking.closing_status(tracker, "trial"):
+        with runs.closing_status(tracker, "trial"):
             tracker.params(flat(config) | {f"{WHOLE}{key}": value for key, value in attempt.values.items()})
             tracker.tags({"trial.state": "RUNNING"})
             try:
@@ -164,7 +165,7 @@ class Trainings:
         if not math.isfinite(value):
             raise PrunedError(f"fd_lite0 is {value}")
         picture, shown = attempt.folder / "samples.png", drawn[:SHOWN].numpy()
-        images.save_png(images.grid(shown, columns=8, scale=images.zoom(shown)), picture)
+        grids.save_png(grids.grid(shown, columns=8, scale=grids.zoom(shown)), picture)
         tracker.artifact(picture, "samples")
         tracker.metrics({"fd_lite0": value}, trainer.config.train.steps)
         return value

@@ -13,10 +13,10 @@ import click
 from diffusion import paths
 from diffusion.config import Params
 from diffusion.errors import UserError, outside
-from diffusion.fit import StopRequest
-from diffusion.tuning_store import answering, is_outage
-from diffusion.tuning_study import SharedStudy
-from diffusion.tuning_trial import Attempt, Line, LostError, Objective, PrunedError
+from diffusion.interrupts import StopRequest
+from diffusion.tuning.store import answering, is_outage
+from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.trial import Attempt, Line, LostError, Objective, PrunedError
 
 if TYPE_CHECKING:
     from optuna import Trial

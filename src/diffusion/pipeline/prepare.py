@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.data import digest, split
-from diffusion.sources import Source, open_source
+from diffusion.data.dataset import digest, split
+from diffusion.data.sources import Source, open_source
 
 
 def prepare(params: Params) -> None:

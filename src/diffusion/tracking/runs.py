@@ -13,13 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from diffusion import project_run
 from diffusion.config import TrackingConfig
-from diffusion.journal import JOURNAL, Event, Journal, Status, Tracker, remember, remembered, unsent, warn
-from diffusion.mirror import JournalledTracker, MlflowTracker
-from diffusion.mlflow_store import connect, enter, is_embedded, signature
-from diffusion.mlflow_writer import RunWriter
-from diffusion.outbox import brief
+from diffusion.tracking import mlproject_run
+from diffusion.tracking.journal import JOURNAL, Event, Journal, Status, Tracker, remember, remembered, unsent, warn
+from diffusion.tracking.mlflow_store import connect, enter, is_embedded, signature
+from diffusion.tracking.mlflow_tracker import JournalledTracker, MlflowTracker
+from diffusion.tracking.mlflow_writer import Register, RunWriter
+from diffusion.tracking.retry_queue import brief
 
 
 def open_run(
@@ -29,12 +29,15 @@ def open_run(
     run_folder: Path,  # the journal goes here
     run_id: str | None = None,  # of the training that is resumed
     tags: Mapping[str, str] | None = None,
+    register: Register | None = None,  # what writes models to MLflow
 ) -> Tracker:
     """Open the pipeline's run, or go on with `run_id` if the store knows it; its status becomes RUNNING.
 
     Never raises because of MLflow: without it there is one warning line and the journal alone.
     """
-    return _open(config, run_folder / JOURNAL, stage="train", name=name, run_id=run_id, tags=tags or {})
+    return _open(
+        config, run_folder / JOURNAL, stage="train", name=name, run_id=run_id, tags=tags or {}, register=register
+    )
 
 
 def attach(
@@ -44,6 +47,7 @@ def attach(
     stage: str,
     journal: Path,
     card: Mapping[str, Any] = MappingProxyType({}),  # the model's, or one that has copies of what it says
+    register: Register | None = None,  # what writes models to MLflow
 ) -> Tracker:
     """Let a later stage write to the run that `train` opened; RUNNING until it is closed again.
 
@@ -53,7 +57,7 @@ def attach(
     known = {"data.digest": card.get("data_digest"), "fingerprint": card.get("fingerprint"), **card.get("origin", {})}
     tags = {key: str(value) for key, value in known.items() if value is not None}
     name = card.get("name") or card.get("fingerprint") or stage
-    return _open(config, journal, stage=stage, name=name, run_id=run_id, tags=tags)
+    return _open(config, journal, stage=stage, name=name, run_id=run_id, tags=tags, register=register)
 
 
 @contextmanager
@@ -75,7 +79,14 @@ def closing_status(tracker: Tracker, stage: str) -> Iterator[Tracker]:
 
 
 def _open(
-    config: TrackingConfig, path: Path, *, stage: str, name: str, run_id: str | None, tags: Mapping[str, str]
+    config: TrackingConfig,
+    path: Path,
+    *,
+    stage: str,
+    name: str,
+    run_id: str | None,
+    tags: Mapping[str, str],
+    register: Register | None,
 ) -> Tracker:
     tags = {**signature(), **tags}
     run_id = run_id or remembered(path)
@@ -88,11 +99,11 @@ def _open(
         try:
             client = connect()
             adopted = (
-                project_run.adopt(client, config.experiment, name) if run_id is None and stage == "train" else None
+                mlproject_run.adopt(client, config.experiment, name) if run_id is None and stage == "train" else None
             )
             entered = enter(client, config.experiment, run_id or adopted, name, all_tags)
-            project_run.link(client, entered)
-            mirror = MlflowTracker(RunWriter(client, entered), path, patient=is_embedded(client.tracking_uri))
+            mlproject_run.link(client, entered)
+            mirror = MlflowTracker(RunWriter(client, entered, register), path, patient=is_embedded(client.tracking_uri))
         except Exception as error:  # not installed, no network, full disk, refused: the answer is the same
             warn(f"no MLflow ({brief(error)}); going on with {path} alone")
     opened = {"stage": stage, "name": name, "run_id": mirror and mirror.run_id, "asked_run_id": run_id, "tags": tags}

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPO
-from stores import CONFIG, SECONDS, client_of, close_in_time, journal_points, open_run, stored_points, warnings
+from helpers.project import REPO
+from helpers.stores import CONFIG, SECONDS, client_of, close_in_time, journal_points, open_run, stored_points, warnings
 
-from diffusion import tracking
 from diffusion.config import TrackingConfig
-from diffusion.journal import read_journal
+from diffusion.tracking import runs
+from diffusion.tracking.journal import read_journal
 
 pytest.importorskip("mlflow")
 
@@ -94,7 +94,7 @@ class TestStore:
         tracker = open_run(tmp_path / "run")
         tracker.metrics({"loss": 1.0}, 1)
         tracker.close("FINISHED")
-        later = tracking.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "run/journal.jsonl")
+        later = runs.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "run/journal.jsonl")
         later.metrics({"fd": 2.0}, 1)
         later.close("FINISHED")
         assert tracker.run_id == later.run_id != other.run_id
@@ -109,12 +109,13 @@ class TestStore:
         script = """
 import sys
 from pathlib import Path
-from diffusion import paths, tracking
+from diffusion import paths
+from diffusion.tracking import runs
 from diffusion.config import TrackingConfig
 assert "mlflow" not in sys.modules and "torch" not in sys.modules
 paths.MLFLOW_DB, journal, run_id = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 config = TrackingConfig(enabled=True, experiment="test experiment")
-with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", journal=journal), "evaluate") as tracker:
+with runs.closing_status(runs.attach(config, run_id, stage="evaluate", journal=journal), "evaluate") as tracker:
     tracker.metrics({"fd_lite0": 400.25}, 10)
 """
         arguments = [str(database), str(tmp_path / "run/journal.jsonl"), str(tracker.run_id)]
@@ -161,7 +162,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         client, journal = client_of(database), tmp_path / "run/journal.jsonl"
         run_id = None
         for steps, lines in ((10, 0), (50, 1), (50, 0), (10, 1)):
-            tracker = tracking.attach(CONFIG, run_id, stage="sample", journal=journal)
+            tracker = runs.attach(CONFIG, run_id, stage="sample", journal=journal)
             tracker.params({"sample.steps": steps, "sample.eta": 0.0})
             close_in_time(tracker)
             run_id = tracker.run_id
@@ -198,7 +199,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
     def test_a_run_that_ends_well_has_no_error(self, database: Path, tmp_path: Path) -> None:
         """Even if another process failed in it meanwhile."""
         tracker = open_run(tmp_path / "run")
-        other = tracking.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "other/journal.jsonl")
+        other = runs.attach(CONFIG, tracker.run_id, stage="sample", journal=tmp_path / "other/journal.jsonl")
         other.close("FAILED", "no room")
         client = client_of(database)
         assert client.get_run(tracker.run_id).data.tags["error"] == "no room"
@@ -214,7 +215,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         close_in_time(first)
         assert warnings(capsys) == []
         other = TrackingConfig(enabled=True, experiment="another")
-        later = tracking.open_run(other, name="n", run_folder=tmp_path / "run")
+        later = runs.open_run(other, name="n", run_folder=tmp_path / "run")
         close_in_time(later)
         assert later.run_id == first.run_id
         (line,) = warnings(capsys)
@@ -223,7 +224,7 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
     def test_a_linked_run_says_which_model_it_is_of(self, database: Path, tmp_path: Path) -> None:
         card = {"name": "lr2e-3-cosine", "fingerprint": "f00d", "data_digest": "d1", "origin": {"git.commit": "c0ffee"}}
         journal = tmp_path / "journal.jsonl"
-        tracker = tracking.attach(CONFIG, "0" * 32, stage="sample", journal=journal, card=card)
+        tracker = runs.attach(CONFIG, "0" * 32, stage="sample", journal=journal, card=card)
         close_in_time(tracker)
         run = client_of(database).get_run(tracker.run_id)
         assert run.info.run_name == "lr2e-3-cosine"
@@ -237,12 +238,12 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
             lost = client.create_run(client.create_experiment("old")).info.run_id
             client.delete_run(lost)
         journal = tmp_path / "journal.jsonl"
-        first = tracking.attach(CONFIG, lost, stage="sample", journal=journal)
+        first = runs.attach(CONFIG, lost, stage="sample", journal=journal)
         first.close("FINISHED")
         run = client.get_run(first.run_id)
         assert first.run_id != lost
         assert run.data.tags["linked_run_id"] == lost
-        second = tracking.attach(CONFIG, lost, stage="evaluate", journal=journal)
+        second = runs.attach(CONFIG, lost, stage="evaluate", journal=journal)
         second.close("FINISHED")
         if lost.isalnum():
             assert second.run_id == first.run_id
@@ -270,11 +271,12 @@ with tracking.closing_status(tracking.attach(config, run_id, stage="evaluate", j
         script = """
 import sys
 from pathlib import Path
-from diffusion import paths, tracking
+from diffusion import paths
+from diffusion.tracking import runs
 from diffusion.config import TrackingConfig
 paths.MLFLOW_DB, paths.MLFLOW_ARTIFACTS, folder = map(Path, sys.argv[1:])
 config = TrackingConfig(enabled=True, experiment="test experiment")
-with tracking.closing_status(tracking.open_run(config, name="n", run_folder=folder), "train") as tracker:
+with runs.closing_status(runs.open_run(config, name="n", run_folder=folder), "train") as tracker:
     tracker.metrics({"loss": 1.0}, 1)
 """
         processes = [
@@ -320,7 +322,7 @@ class TestEnds:
         assert client.get_run(tracker.run_id).info.status == "RUNNING"
 
         def work() -> None:
-            with tracking.closing_status(tracker, "train"):
+            with runs.closing_status(tracker, "train"):
                 tracker.metrics({"loss": 1.0}, 1)
                 if error is not None:
                     raise error

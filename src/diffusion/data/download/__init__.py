@@ -1,0 +1,1 @@
+"""CIFAR-10 from the first source that works, verified."""

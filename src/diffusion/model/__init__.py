@@ -1,0 +1,1 @@
+"""Noise schedules, forward process, parameterisation, network, model files. Needs the ground alone."""

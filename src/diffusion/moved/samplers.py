@@ -1,0 +1,3 @@
+"""The old import path of diffusion.sampling.samplers."""
+
+from diffusion.sampling.samplers import SAMPLERS as SAMPLERS

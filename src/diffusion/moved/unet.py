@@ -1,0 +1,3 @@
+"""The old import path of diffusion.model.unet."""
+
+from diffusion.model.unet import UNet as UNet

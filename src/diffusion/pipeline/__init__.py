@@ -1,0 +1,1 @@
+"""The bodies of the stages: they alone open a tracker, call the library and write outputs that dvc.yaml names."""

@@ -1,0 +1,30 @@
+"""The weights stage: whether FID's network can be had."""
+
+import json
+import sys
+from importlib.metadata import version
+
+from diffusion import paths
+from diffusion.config import Params
+from diffusion.errors import UserError
+from diffusion.metrics.inception_weights import EXTRACTORS, WeightsUnavailableError, find_inception_weights, put, sha256
+
+
+def write_card(params: Params) -> None:
+    """The weights stage: fetch Inception's if `evaluate.inception` wants them, write which ones there are.
+
+    data/weights.json holds no path and no date: references and scores are made again when its content changes.
+
+    Raises:
+        UserError: weights are required and cannot be had, or the file that was named or put there is unfit.
+    """
+    config, found = params.evaluate, None
+    try:
+        found = None if config.inception == "off" else find_inception_weights(config)
+    except WeightsUnavailableError as error:
+        if config.inception == "require":
+            raise UserError(f"evaluate.inception is require and the weights are missing ({error}): {put()}") from None
+        print(f"no Inception weights: not at hand, and not to be fetched ({error})", file=sys.stderr)
+    card = {"inception_sha256": sha256(found) if found else None, **{name: version(name) for name in EXTRACTORS}}
+    paths.WEIGHTS_CARD.parent.mkdir(parents=True, exist_ok=True)
+    paths.WEIGHTS_CARD.write_text(json.dumps(card, indent=2) + "\n")

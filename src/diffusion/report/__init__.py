@@ -1,0 +1,1 @@
+"""Figures, diagrams and the page of a run. Needs metrics and sampling."""

@@ -1,0 +1,1 @@
+"""Images from noise: samplers, their timesteps, noise of each image, generation. Needs model and data."""

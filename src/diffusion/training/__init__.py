@@ -1,0 +1,1 @@
+"""The training loop: loss, optimiser, EMA, augmentation, checkpoints, identity, previews. Needs sampling, metrics."""

@@ -1,0 +1,1 @@
+"""The search with Optuna: space, study, trials, report. Needs training and tracking."""
