@@ -16,11 +16,12 @@ from laptop_quality import REFERENCE
 from machine import report
 from torch import Tensor, nn
 
-from diffusion.config import load, trained
+from diffusion.config import trained
 from diffusion.data.dataset import Dataset, real_images
 from diffusion.metrics import Moments
 from diffusion.metrics.extraction import features_of_batch
 from diffusion.metrics.features import EfficientNetLite0
+from diffusion.params_file import load
 from diffusion.paths import CIFAR10_TEST, TRAIN_LABELS
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.sampling import generation, panels

@@ -20,8 +20,9 @@ import torch
 from machine import report
 from turns import compete
 
-from diffusion.config import load, trained
+from diffusion.config import trained
 from diffusion.data.dataset import Batches, Dataset
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 from diffusion.training.loop import Trainer
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from diffusion.config import Params, schema
+from diffusion.config import Params, Range
 from diffusion.errors import UserError
-from diffusion.ranges import Range, allowed
+from diffusion.params_file import allowed, schema
 
 NULL = ("null", "~", "")
 

@@ -20,12 +20,12 @@ from machine import report
 from torch import Tensor
 from turns import compete
 
-from diffusion.config import load
 from diffusion.data.dataset import real_images
 from diffusion.data.image_sets import load_samples
 from diffusion.metrics.extraction import features_of, moments_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.selftest import random_weights
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 
 CPU = torch.device("cpu")

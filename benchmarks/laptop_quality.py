@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from machine import report
 
-from diffusion.config import Params, load, trained
+from diffusion.config import Params, trained
 from diffusion.data import grids
 from diffusion.data.dataset import Dataset, real_images
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import make_reference
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.sampling import generation
 from diffusion.training.loop import Trainer, train

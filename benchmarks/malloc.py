@@ -12,8 +12,9 @@ from pathlib import Path
 
 from machine import report
 
-from diffusion.config import load, trained
+from diffusion.config import trained
 from diffusion.data.dataset import Dataset
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.training.loop import Trainer
 

@@ -8,8 +8,9 @@ import dataclasses
 
 import torch
 
-from diffusion.config import ModelConfig, Params, load
+from diffusion.config import ModelConfig, Params
 from diffusion.data.dataset import Dataset, real_images
+from diffusion.params_file import load
 from diffusion.paths import TRAIN_IMAGES
 
 LUCIDRAINS = (32, (1, 2, 3))  # dim, dim_mults

@@ -19,8 +19,9 @@ import torch
 from machine import RESULTS, report
 from solvers import Scorer, configured
 
-from diffusion.config import flat, load, trained
+from diffusion.config import flat, trained
 from diffusion.data.dataset import Dataset
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 from diffusion.training.loop import Trainer, train
 

@@ -19,6 +19,8 @@ from typing import Any
 import click
 from machine import report
 
+from diffusion import params_file
+
 REPO = Path(__file__).parents[1]
 SHARE = 20  # of the default's steps are run: one in so many
 
@@ -41,15 +43,14 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
-    from diffusion import config
     from diffusion.data import dataset
     from diffusion.pipeline import train
     from diffusion.training import loop
 
-    full = config.load("params.yaml").train
+    full = params_file.load("params.yaml").train
     steps = full.steps // SHARE
     every = {f"train.{key}": max(1, getattr(full, key) // SHARE) for key in PERIODS.values()}
-    params = config.load("params.yaml", {"train.steps": steps, **every})
+    params = params_file.load("params.yaml", {"train.steps": steps, **every})
     clock = Clock()
     clock.watch(loop.Trainer, "step")
     clock.watch(dataset.Batches, "__call__", "data")

@@ -14,10 +14,10 @@ import torch
 from machine import report
 from turns import compete
 
-from diffusion.config import load
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory, resolve_precision
 from diffusion.sampling import generation
 

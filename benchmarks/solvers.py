@@ -19,12 +19,13 @@ from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
 from diffusion import paths
-from diffusion.config import Params, SampleConfig, load, trained_from_dict
+from diffusion.config import Params, SampleConfig, trained_from_dict
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.params_file import load
 from diffusion.report import diagrams, figures
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.sampling import generation

@@ -20,9 +20,9 @@ import torch
 from laptop_quality import SAMPLES, draw, score, train_for
 from machine import report
 
-from diffusion.config import load
 from diffusion.data.dataset import Dataset
 from diffusion.data.pixels import to_uint8
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory, resolve_device
 
 CPU = torch.device("cpu")

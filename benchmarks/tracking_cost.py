@@ -25,6 +25,8 @@ import requests
 from machine import report
 from overheads import PERIODS, SHARE, Clock
 
+from diffusion import params_file
+
 REPO = Path(__file__).parents[1]
 POINTS, KEYS = 10_000, 5
 START_SECONDS = 120
@@ -97,15 +99,14 @@ def wait_for(address: str) -> None:
 
 def measure(steps: int) -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
-    from diffusion import config
     from diffusion.pipeline import train
     from diffusion.tracking import mlflow_tracker
     from diffusion.training import loop
 
-    full = config.load("params.yaml").train
+    full = params_file.load("params.yaml").train
     steps = steps or full.steps // SHARE
     every = {f"train.{key}": max(1, getattr(full, key) * steps // full.steps) for key in PERIODS.values()}
-    params = config.load("params.yaml", {"train.steps": steps, **every})
+    params = params_file.load("params.yaml", {"train.steps": steps, **every})
     clock = Clock()
     clock.watch(loop.Trainer, "step")
     clock.watch(loop.Trainer, "validate", "validation")

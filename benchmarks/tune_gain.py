@@ -18,7 +18,8 @@ from machine import RESULTS, report
 from objectives import DDIM, quality
 
 from diffusion import paths
-from diffusion.config import flat, load, trained
+from diffusion.config import flat, trained
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 from diffusion.tuning.apply import read_best
 

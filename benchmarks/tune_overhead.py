@@ -21,6 +21,8 @@ import click
 from machine import report
 from overheads import Clock
 
+from diffusion import params_file
+
 REPO = Path(__file__).parents[1]
 SHARE = 10
 TRIALS = 3
@@ -47,15 +49,14 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
-    from diffusion import config
     from diffusion.tracking import journal, mlflow_tracker, runs
     from diffusion.training import loop
     from diffusion.tuning import report, search, store, study, trial, worker
 
-    full = config.load("params.yaml")
+    full = params_file.load("params.yaml")
     images, log_every = full.tune.images_per_trial // SHARE, max(1, full.train.log_every // SHARE)
     overrides = {"tune.images_per_trial": images, "train.log_every": log_every, "tune.trials": TRIALS}
-    params = config.load("params.yaml", overrides)
+    params = params_file.load("params.yaml", overrides)
     clock = Clock()
     clock.watch(study.SharedStudy, "claim")
     clock.watch(study.SharedStudy, "tell")

@@ -27,9 +27,10 @@ from scipy.stats import spearmanr
 from solvers import Scorer
 
 from diffusion import paths
-from diffusion.config import Params, flat, load, trained
+from diffusion.config import Params, flat, trained
 from diffusion.data.dataset import Dataset
 from diffusion.metrics.features import EfficientNetLite0
+from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 from diffusion.training.loop import Trainer, train
 from diffusion.tuning.objective import common_error, draw, load_reference, score

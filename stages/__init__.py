@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from diffusion import paths
-from diffusion.config import Params, load, read_value, schema
+from diffusion.config import Params
 from diffusion.errors import UserError, outside
-from diffusion.ranges import allowed
+from diffusion.params_file import allowed, load, read_value, schema
 
 KEYS = {key.replace(".", "__"): key for key in schema()}  # names that click takes -> keys of params.yaml
 

@@ -15,7 +15,7 @@ from helpers.misbehaving import serve as serve  # a fixture
 from helpers.project import REPO, TINY
 from helpers.studies import place as place  # a fixture
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.data.dataset import Dataset
 from diffusion.tracking import mlflow_tracker
 
@@ -40,7 +40,7 @@ def tiny() -> Callable[..., config.Params]:
     """Load params.yaml, shrunk, with further overrides by dotted key."""
 
     def make(recipe: str = "params.yaml", **overrides: Any) -> config.Params:
-        return config.load(REPO / recipe, {**TINY, **overrides})
+        return params_file.load(REPO / recipe, {**TINY, **overrides})
 
     return make
 

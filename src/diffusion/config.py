@@ -1,19 +1,29 @@
-"""params.yaml -> frozen dataclasses, validated at the door.
+"""The sections of params.yaml as frozen dataclasses, which the library takes; params_file.py reads and checks it.
 
-Every key of params.yaml is a field here and every number lives there: the dataclasses have no defaults. Only `load`
-needs pydantic and a YAML reader; the rest of the library takes the dataclasses alone.
+Every key of params.yaml is a field here and every number lives there: the dataclasses have no defaults.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from diffusion.errors import UserError
-from diffusion.ranges import Range, allowed
-from diffusion.rules import broken
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed interval of allowed values, read by pydantic and printed in error messages."""
+
+    low: float
+    high: float
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return {**handler(source), "ge": self.low, "le": self.high}
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
 
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Count = Annotated[int, Range(1, 10**9)]
@@ -177,78 +187,6 @@ class Params:
     tracking: TrackingConfig
 
 
-def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Params:
-    """Read and validate a params file.
-
-    `overrides` maps dotted keys ("train.lr") to values that replace the file's.
-
-    Raises:
-        UserError: the file cannot be read, or a key is unknown, missing or out of range; the message is one line
-            that names the key, what is allowed and, for an unknown key, the nearest real one.
-    """
-    tree = _read_yaml(Path(path))
-    for key, value in (overrides or {}).items():
-        if key not in schema():
-            raise UserError(f"{path}: {unknown(key)}")
-        section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
-    try:
-        return from_dict(tree)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def read_value(key: str, text: str) -> object:
-    """The value of a key as it would stand in params.yaml: a number, a word, null, [a, list].
-
-    Raises:
-        UserError: it is no YAML.
-    """
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        raise UserError(f"{key} = {text!r} is not readable as YAML: it must be {allowed(schema()[key])}") from None
-
-
-def from_dict(tree: Mapping[str, Any]) -> Params:
-    """Validate nested plain values as params.yaml holds them.
-
-    Raises:
-        UserError: as `load`.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    known = schema()
-    for key in _dotted(tree):  # pydantic would say "unexpected keyword"; the nearest real key is what helps
-        if key not in known and key not in _sections():
-            raise UserError(unknown(key))
-    try:
-        params = TypeAdapter(Params).validate_python(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error.errors()[0])) from None
-    for problem in broken(params):
-        raise UserError(problem)
-    return params
-
-
-def checked_section(section: str, values: Mapping[str, Any]) -> Any:
-    """A section's dataclass from plain values of another file.
-
-    Raises:
-        UserError: params.yaml could not hold one of them, or one is missing; rules between keys are not looked at.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(get_type_hints(Params)[section]).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(_explain({**first, "loc": (section, *first["loc"])})) from None
-
-
 def trained(params: Params) -> TrainedConfig:
     """The part of params.yaml that a trained model depends on."""
     return TrainedConfig(params.seed, params.diffusion, params.model, params.train)
@@ -287,18 +225,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def write_yaml(params: Params, path: Path, *, without: Sequence[str] = ()) -> None:
-    """A params file that `load` reads as `params`, but for null in the dotted keys `without`; it has no comments."""
-    from ruamel.yaml import YAML
-
-    tree = to_dict(params)
-    for key in without:
-        section, _, name = key.partition(".")
-        tree[section][name] = None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    YAML().dump(tree, path)
-
-
 def flat(config: Any, section: str = "") -> dict[str, object]:
     """Dotted key -> value of a config dataclass; a section's keys begin with its name, which has to be given."""
     found: dict[str, object] = {}
@@ -306,61 +232,3 @@ def flat(config: Any, section: str = "") -> dict[str, object]:
         key = f"{section}.{name}" if section else name
         found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return found
-
-
-def schema() -> dict[str, Any]:
-    """Dotted key -> annotated type, for every key of params.yaml."""
-    found: dict[str, Any] = {}
-    for name, kind in get_type_hints(Params, include_extras=True).items():
-        if dataclasses.is_dataclass(kind):
-            found |= {f"{name}.{k}": v for k, v in get_type_hints(kind, include_extras=True).items()}
-        else:
-            found[name] = kind
-    return found
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        tree = YAML(typ="safe", pure=True).load(path)  # YAML 1.2, as DVC reads it: 1e-4 is a number, off a word
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run from the repository's root or name another params file") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no sections; start from params/laptop.yaml")
-    return tree
-
-
-def _explain(error: Mapping[str, Any]) -> str:
-    """One line for pydantic's first error."""
-    path = [str(part) for part in error["loc"]]
-    key = next((k for k in (".".join(path[:2]), path[0]) if k in schema()), ".".join(path[:2]))
-    kind = schema().get(key)
-    if error["type"] == "missing":
-        return (
-            f"{key} is missing: {'add it, ' + allowed(kind) if kind else 'add the section, as in params/laptop.yaml'}"
-        )
-    if kind is None:
-        return f"{key} must be a section of keys, as in params/laptop.yaml"
-    return f"{key} = {error['input']!r} is not allowed: it must be {allowed(kind)}"
-
-
-def unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, [*schema(), *_sections()], n=1, cutoff=0.0)[0]
-    return f"unknown key {key}: did you mean {near}?"
-
-
-def _sections() -> list[str]:
-    return [name for name, kind in get_type_hints(Params).items() if dataclasses.is_dataclass(kind)]
-
-
-def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield str(name)
-            yield from (f"{name}.{key}" for key in value)
-        else:
-            yield str(name)

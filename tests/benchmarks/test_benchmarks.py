@@ -12,7 +12,7 @@ import torch
 from helpers.project import REPO
 from torch import nn
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.model.schedules import make_schedule
 from diffusion.model.unet import UNet
 from diffusion.sampling.samplers import evaluations
@@ -105,7 +105,7 @@ def test_the_bench_lock_has_every_package_of_the_main_one_at_the_same_version() 
 
 def test_solvers_are_compared_at_the_same_evaluations(script: Any) -> None:
     solvers = script("solvers")
-    section = config.load(REPO / "params.yaml").sample
+    section = params_file.load(REPO / "params.yaml").sample
     edm = make_schedule("edm", 1000)  # begins at sigma = 80: Heun takes its two evaluations from the first step on
     spent: dict[tuple[str, str], list[int]] = {}
     for run in solvers.runs(section):

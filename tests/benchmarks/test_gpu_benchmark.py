@@ -21,7 +21,7 @@ from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 from torch import nn
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
 from diffusion.metrics import frechet_distance
@@ -50,7 +50,7 @@ def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_params_are_what_the_pipeline_reads(load_script: Any, path: Path) -> None:
-    assert load_script("gpu_params").load(path) == config.load(path)
+    assert load_script("gpu_params").load(path) == params_file.load(path)
 
 
 def test_settings_are_typed_by_the_schema(load_script: Any) -> None:
@@ -63,7 +63,7 @@ def test_settings_are_typed_by_the_schema(load_script: Any) -> None:
         "model.head_channels": None,
     }
     path = REPO / "params/gpu.yaml"
-    assert load_script("gpu_params").load(path, texts) == config.load(path, values)
+    assert load_script("gpu_params").load(path, texts) == params_file.load(path, values)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_bad_setting_is_refused(load_script: Any, setting: str, words: str) ->
 
 def test_the_gpu_recipe_has_the_papers_size() -> None:
     """Four heads instead of one, no dropout: neither has weights."""
-    model = config.load(REPO / "params/gpu.yaml").model
+    model = params_file.load(REPO / "params/gpu.yaml").model
     assert sum(p.numel() for p in UNet(model).parameters()) == 35_746_307
 
 
@@ -112,13 +112,13 @@ def test_flops_are_those_of_the_layers(load_script: Any, tiny: Any) -> None:
 
 def test_the_papers_network_costs_what_is_published(load_script: Any) -> None:
     """6.1 GMACs: Fang et al. 2023 (Structural pruning for diffusion models), table 1."""
-    model = config.load(REPO / "params/paper.yaml").model
+    model = params_file.load(REPO / "params/paper.yaml").model
     assert load_script("rates").forward_flops(model) == pytest.approx(2 * 6.1e9, rel=0.02)
 
 
 def test_diffusers_network_is_as_large(load_script: Any) -> None:
     pytest.importorskip("diffusers")
-    net = load_script("peers").diffusers_unet(config.load(REPO / "params/paper.yaml").model)
+    net = load_script("peers").diffusers_unet(params_file.load(REPO / "params/paper.yaml").model)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
 
 
@@ -180,7 +180,7 @@ def command(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     coarse = rng.integers(0, 256, (60, 4, 4, 3), dtype=np.uint8)
     np.savez(tmp_path / "train.npz", images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(60, dtype=np.uint8) % 10)
     tiny = {**TINY, "sample.batch_size": 12, "train.log_every": 1}
-    YAML().dump(config.to_dict(config.load(REPO / "params/gpu.yaml", tiny)), tmp_path / "tiny.yaml")
+    YAML().dump(config.to_dict(params_file.load(REPO / "params/gpu.yaml", tiny)), tmp_path / "tiny.yaml")
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Absent:\n"
@@ -208,7 +208,7 @@ def library_samples(model: Path) -> np.ndarray:
     """The 12 images that the library makes of `model` with the shrunk recipe."""
     net, trained = load_model(model)
     schedule = make_schedule(trained.diffusion.schedule, trained.diffusion.num_steps)
-    params = config.load(REPO / "params/gpu.yaml", {**TINY, "sample.batch_size": 12})
+    params = params_file.load(REPO / "params/gpu.yaml", {**TINY, "sample.batch_size": 12})
     denoiser = Denoiser(net, schedule, trained.diffusion.prediction, clip_x0=params.sample.clip_x0)
     return np.concatenate(
         [b.numpy() for b in generation.generate(denoiser, params.sample, params.seed, range(12), CPU)]

@@ -12,7 +12,8 @@ import pytest
 from helpers.project import REPO
 from helpers.studies import SPACE, TUNE, StubExtractor, table
 
-from diffusion.config import Params, flat, load, trained, write_yaml
+from diffusion.config import Params, flat, trained
+from diffusion.params_file import load, write_yaml
 from diffusion.tuning import search
 from diffusion.tuning.space import changed, present, read_space, trial_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers.project import REPO
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.errors import UserError
 from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
@@ -17,8 +17,8 @@ RECIPES = sorted(REPO.glob("params/*.yaml"))
 
 @pytest.mark.parametrize("path", [REPO / "params.yaml", *RECIPES], ids=lambda p: p.name)
 def test_every_recipe_is_valid_and_complete(path: Path) -> None:
-    params = config.load(path)
-    assert set(config.flat(params)) == set(config.schema())
+    params = params_file.load(path)
+    assert set(config.flat(params)) == set(params_file.schema())
 
 
 def test_the_laptop_recipe_is_the_default() -> None:
@@ -83,7 +83,7 @@ PUBLISHED: dict[str, tuple[int, int, int, dict[str, object]]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_papers_recipe_is_what_the_paper_prints(name: str) -> None:
     parameters, images, evaluations, keys = PUBLISHED[name]
-    params = config.load(REPO / f"params/{name}.yaml")
+    params = params_file.load(REPO / f"params/{name}.yaml")
     assert sum(p.numel() for p in UNet(params.model).parameters()) == parameters
     assert params.train.steps * params.train.batch_size == images
     assert samplers.evaluations(params.sample, configured_schedule(params.diffusion)) == evaluations
@@ -106,7 +106,7 @@ def test_a_papers_recipe_is_what_the_paper_prints(name: str) -> None:
     ids=str,
 )
 def test_a_doubtful_pair_is_one_line(overrides: dict[str, object], words: str) -> None:
-    params = config.load(REPO / "params.yaml", overrides)
+    params = params_file.load(REPO / "params.yaml", overrides)
     (line,) = doubtful(params.sample, params.diffusion)
     assert re.search(words, line)
     assert "\n" not in line
@@ -183,7 +183,7 @@ def test_a_doubtful_pair_is_one_line(overrides: dict[str, object], words: str) -
 )
 def test_a_bad_key_is_one_line_that_helps(overrides: dict[str, object], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        config.load(REPO / "params.yaml", overrides)
+        params_file.load(REPO / "params.yaml", overrides)
     message = str(caught.value)
     assert "\n" not in message
     for word in words:
@@ -204,14 +204,14 @@ def test_every_missing_key_is_named(tmp_path: Path) -> None:
         rest = [*dropwhile(lambda below: below.startswith("    "), lines[number + 1 :])]
         path.write_text("\n".join(lines[:number] + rest))
         with pytest.raises(UserError, match=re.escape(f"{name} is missing")):
-            config.load(path)
+            params_file.load(path)
 
 
 def test_a_file_key_that_is_not_in_the_schema_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text((REPO / "params.yaml").read_text().replace("  lr: ", "  lrr: 1\n  lr: ", 1))
     with pytest.raises(UserError, match=r"unknown key train\.lrr: did you mean train\.lr\?"):
-        config.load(path)
+        params_file.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "train: 3\n", "\x00"], ids=repr)
@@ -219,18 +219,18 @@ def test_a_file_that_is_no_params_file_is_one_line(tmp_path: Path, text: str) ->
     path = tmp_path / "params.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        config.load(path)
+        params_file.load(path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        config.load(tmp_path / "nothing.yaml")
+        params_file.load(tmp_path / "nothing.yaml")
 
 
 def test_dict_round_trip() -> None:
-    params = config.load(REPO / "params.yaml")
-    assert config.from_dict(config.to_dict(params)) == params
+    params = params_file.load(REPO / "params.yaml")
+    assert params_file.from_dict(config.to_dict(params)) == params
     trained = config.trained(params)
     assert config.trained_from_dict(config.to_dict(trained)) == trained
 
@@ -239,6 +239,6 @@ def test_yaml_1_2_as_dvc_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     text = (REPO / "params.yaml").read_text()
     path.write_text(re.sub(r"  lr: \S+", "  lr: 2e-4", text, count=1).replace("inception: auto", "inception: off"))
-    params = config.load(path)
+    params = params_file.load(path)
     assert params.train.lr == 2e-4
     assert params.evaluate.inception == "off"

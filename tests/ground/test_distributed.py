@@ -17,11 +17,12 @@ from helpers.worlds import in_world
 from safetensors.torch import load_file
 
 from diffusion import paths
-from diffusion.config import TrainedConfig, load, trained
+from diffusion.config import TrainedConfig, trained
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import ALONE, World
 from diffusion.errors import UserError
 from diffusion.interrupts import StopRequest
+from diffusion.params_file import load
 from diffusion.pipeline.train import _loop
 from diffusion.tracking.journal import NullTracker
 from diffusion.training import checkpoint

@@ -13,14 +13,14 @@ from click.testing import CliRunner, Result
 from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 
 STAGES = ("download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report")
 
 
 def write_params(recipe: str = "params.yaml", **overrides: Any) -> None:
     """Write params.yaml of the working folder: `recipe`, shrunk."""
-    tree = config.to_dict(config.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}))
+    tree = config.to_dict(params_file.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}))
     YAML().dump(tree, Path("params.yaml"))
 
 

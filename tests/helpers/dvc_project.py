@@ -12,7 +12,7 @@ import numpy as np
 from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 
-from diffusion import config
+from diffusion import config, params_file
 
 
 def ran(said: str) -> set[str]:
@@ -33,7 +33,9 @@ class Project:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(REPO / name, folder / name)
         (folder / "dvc.lock").unlink(missing_ok=True)
-        tree = config.to_dict(config.load(REPO / "params.yaml", {**TINY, "train.steps": 4, "tracking.enabled": False}))
+        tree = config.to_dict(
+            params_file.load(REPO / "params.yaml", {**TINY, "train.steps": 4, "tracking.enabled": False})
+        )
         YAML().dump(tree, folder / "params.yaml")
         rng = np.random.default_rng(0)
         (folder / "data/cifar10").mkdir(parents=True)

@@ -20,7 +20,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.pool import NullPool
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.config import Params
 from diffusion.errors import UserError
 from diffusion.tuning import search
@@ -102,7 +102,7 @@ def main(overrides: str) -> None:
 
     Exit status 130: it was stopped; 2: a UserError, which is one line.
     """
-    params = config.load(
+    params = params_file.load(
         Path(__file__).parents[1] / "params.yaml",
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
     )

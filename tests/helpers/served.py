@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from helpers.project import REPO, TINY
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.model import model_file
 from diffusion.model.unet import UNet
 from diffusion.serving import registry
 
 
 def params_of(**overrides: Any) -> config.Params:
-    return config.load(REPO / "params.yaml", {**TINY, **overrides})
+    return params_file.load(REPO / "params.yaml", {**TINY, **overrides})
 
 
 def write_model(folder: Path, params: config.Params, seed: int = 0) -> Path:

@@ -11,7 +11,7 @@ import torch
 from helpers.project import REPO
 from safetensors.torch import load_file, save_file
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.errors import UserError
 from diffusion.model import diffusers_format, diffusers_layers
 from diffusion.model.model_file import save_model
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def small(**overrides: Any) -> config.TrainedConfig:
     """The paper's recipe with few channels."""
     narrow = {"model.channels": 32, "model.multipliers": [1, 2, 2], "model.norm_groups": 8, "model.dropout": 0.0}
-    return config.trained(config.load(REPO / "params/paper.yaml", {**narrow, **overrides}))
+    return config.trained(params_file.load(REPO / "params/paper.yaml", {**narrow, **overrides}))
 
 
 def randomised(trained: config.TrainedConfig) -> UNet:
@@ -62,7 +62,7 @@ def test_diffusers_computes_the_same(shape: str, tmp_path: Path) -> None:
 
 def test_the_published_layout_is_read_with_its_old_names(tmp_path: Path) -> None:
     """google/ddpm-cifar10-32: 35.7M parameters, attention is query, key, value, proj_attn; betas by name."""
-    trained = config.trained(config.load(REPO / "params/paper.yaml"))
+    trained = config.trained(params_file.load(REPO / "params/paper.yaml"))
     theirs = diffusers.UNet2DModel(
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
@@ -84,7 +84,7 @@ def test_the_published_layout_is_read_with_its_old_names(tmp_path: Path) -> None
     save_file(old, weights)
     net, diffusion = diffusers_format.read_pipeline(tmp_path)
     assert (diffusion.schedule, diffusion.prediction, diffusion.num_steps) == ("linear", "eps", 1000)
-    assert net.config == config.load(REPO / "params/paper.yaml", {"model.dropout": 0.0}).model
+    assert net.config == params_file.load(REPO / "params/paper.yaml", {"model.dropout": 0.0}).model
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
     assert trained.model.downsample == "same"
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([10, 900])

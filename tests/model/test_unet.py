@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.project import REPO
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.model.layers import Downsample, SelfAttention, TimestepEmbedding, attention
 from diffusion.model.unet import UNet
 
@@ -105,7 +105,7 @@ def test_labels_are_refused_by_an_unconditional_network(tiny_model) -> None:
 
 
 def test_channels_last_and_bf16_compute_the_same_function() -> None:
-    net = randomised(UNet(config.load(REPO / "params.yaml").model))
+    net = randomised(UNet(params_file.load(REPO / "params.yaml").model))
     x, t = torch.randn(4, 3, 32, 32), torch.tensor([1, 300, 600, 999])
     with torch.no_grad():
         plain = net(x, t)

@@ -9,12 +9,12 @@ import pytest
 from helpers.project import REPO
 from ruamel.yaml import YAML
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.training.identity import import_closure
 
 DVC = YAML(typ="safe").load(REPO / "dvc.yaml")
 STAGES = DVC["stages"]
-SECTIONS = {key.split(".")[0] for key in config.schema()}
+SECTIONS = {key.split(".")[0] for key in params_file.schema()}
 
 
 def imports_of(path: Path) -> set[Path]:
@@ -81,7 +81,7 @@ def test_deps_are_exactly_the_import_closure(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_params_are_real(stage: str) -> None:
     for key in STAGES[stage].get("params", []):
-        assert key in SECTIONS | set(config.schema()), key
+        assert key in SECTIONS | set(params_file.schema()), key
 
 
 READS = {  # what each stage's library function reads, besides through the import closure's generic helpers
@@ -129,7 +129,9 @@ def test_files_between_stages_are_declared(stage: str) -> None:
         for k in ("outs", "metrics", "plots")
         for o in s.get(k, [])
     }
-    own = {"${data.source}": config.load(REPO / "params.yaml").data.source}  # a file of the user's is nobody's output
+    own = {
+        "${data.source}": params_file.load(REPO / "params.yaml").data.source
+    }  # a file of the user's is nobody's output
     for dep in STAGES[stage]["deps"]:
         if not dep.endswith(".py"):
             assert own.get(dep, dep) in outs, dep

@@ -15,7 +15,7 @@ from helpers.dvc_project import Project, ran
 from helpers.project import REPO
 from helpers.stores import CONFIG, client_of, open_run
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.pipeline import experiment
 from diffusion.tracking import mlproject_run
 from stages import stage
@@ -43,10 +43,10 @@ class TestOptions:
         }
         _, _, (params,) = self.run(*(text for key, value in given.items() for text in (f"--{key}", value)))
         expected = {key: json.loads(value) if key != "diffusion.prediction" else value for key, value in given.items()}
-        assert config.flat(params) == config.flat(config.load(REPO / "params.yaml")) | expected
+        assert config.flat(params) == config.flat(params_file.load(REPO / "params.yaml")) | expected
 
     def test_there_is_one_for_every_key(self) -> None:
-        file = config.load(REPO / "params.yaml")
+        file = params_file.load(REPO / "params.yaml")
         every = [text for key, value in config.flat(file).items() for text in (f"--{key}", json.dumps(value))]
         assert self.run(*every)[2] == [file]
 
@@ -162,16 +162,18 @@ class TestReproduce:
         return seen[0][1:]
 
     def test_the_file_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert self.asked(monkeypatch, config.load(REPO / "params.yaml")) == ["-m", "dvc", "repro"]
+        assert self.asked(monkeypatch, params_file.load(REPO / "params.yaml")) == ["-m", "dvc", "repro"]
 
     def test_other_values_and_other_files(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever differs, spelt so that YAML reads it back."""
-        params = config.load(REPO / "params/conditional.yaml", {"model.multipliers": [1, 1, 2], "data.path": "a b"})
+        params = params_file.load(
+            REPO / "params/conditional.yaml", {"model.multipliers": [1, 1, 2], "data.path": "a b"}
+        )
         command = self.asked(monkeypatch, params)
         assert command[:5] == ["-m", "dvc", "exp", "run", "--temp"]
         given = dict(text.split("=", 1) for text in command[6::2])
-        read = {key: config.read_value(key, text) for key, text in given.items()}
-        assert config.load(REPO / "params.yaml", read) == params
+        read = {key: params_file.read_value(key, text) for key, text in given.items()}
+        assert params_file.load(REPO / "params.yaml", read) == params
         assert set(command[5::2]) == {"-S"}
 
     @pytest.mark.parametrize("recipe", sorted((REPO / "params").glob("*.yaml")), ids=lambda path: path.stem)
@@ -179,7 +181,7 @@ class TestReproduce:
         """By its own parser, which takes no keys in quotation marks, and no escapes."""
         from dvc.utils.hydra import to_hydra_overrides
 
-        params = config.load(recipe, {"data.source": "bilder/größe"})
+        params = params_file.load(recipe, {"data.source": "bilder/größe"})
         texts = self.asked(monkeypatch, params)[6::2]
         found = {str(o.key_or_group): o.value() for o in to_hydra_overrides(texts)}
         assert found["data.source"] == "bilder/größe"
@@ -230,7 +232,7 @@ def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Proj
     said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1.234e-3")
     assert "train.steps = 5, train.lr = 0.001234" in said
     (run,) = runs(project)
-    default = config.load(REPO / "params.yaml")
+    default = params_file.load(REPO / "params.yaml")
     words = f"{default.train.lr_schedule}-{default.diffusion.schedule}-{default.diffusion.prediction}"
     assert (run.info.status, run.info.run_name) == ("FINISHED", f"lr1.23e-3-{words}")
     assert (run.data.params["train.steps"], run.data.params["train.batch_size"]) == ("5", "4")

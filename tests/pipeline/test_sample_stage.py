@@ -20,7 +20,7 @@ from helpers.commands import run, run_all, start, write_params
 from helpers.worlds import in_world
 from PIL import Image
 
-from diffusion import config, paths
+from diffusion import params_file, paths
 from diffusion.distributed import World
 from diffusion.pipeline import evaluate, reference, sample
 from diffusion.sampling import generation
@@ -237,7 +237,7 @@ def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
     paths.RUNS = folder / "runs"
     for module in (sample, reference, evaluate):
         module.joined = lambda _: contextlib.nullcontext((world, device))  # type: ignore[attr-defined]
-    params = config.load("params.yaml")
+    params = params_file.load("params.yaml")
     sample.draw(params)
     reference.write_references(params)
     evaluate.judge(params)

@@ -14,7 +14,7 @@ from helpers.project import REPO
 from PIL import Image
 from safetensors.numpy import load_file
 
-from diffusion import config, paths
+from diffusion import params_file, paths
 
 RECIPES = ["params.yaml", *(f"params/{p.name}" for p in sorted(REPO.glob("params/*.yaml")))]
 
@@ -31,7 +31,7 @@ def test_every_recipe_runs_through_every_stage(workspace: Path, recipe: str) -> 
     with np.load(paths.SAMPLES_NPZ) as archive:
         samples, labels = archive["images"], archive.get("labels")
     assert (samples.dtype, samples.shape) == (np.uint8, (12, 32, 32, 3))
-    if config.load("params.yaml").model.num_classes:
+    if params_file.load("params.yaml").model.num_classes:
         assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
         assert (paths.SAMPLES / "guidance.png").stat().st_size > 500
     else:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.pipeline import train
 from diffusion.tracking.journal import NullTracker
 
@@ -16,7 +16,7 @@ def test_the_params_file_that_is_uploaded_has_no_passwords(
     monkeypatch.setattr(train, "_described_data", lambda: dict.fromkeys(("name", "digest", "source"), ""))
     params = tiny(**{"tune.storage": "postgresql://me:secret@host/db"})
     train._describe(params, tmp_path, NullTracker())
-    uploaded = config.load(tmp_path / "params.yaml")
+    uploaded = params_file.load(tmp_path / "params.yaml")
     assert uploaded.tune.storage is None
     assert "secret" not in (tmp_path / "params.yaml").read_text()
     assert (uploaded.train, uploaded.model) == (params.train, params.model)

@@ -22,7 +22,7 @@ from helpers.commands import run_all, write_params
 from helpers.project import REPO
 from helpers.stores import client_of, free_port, wait_for
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.pipeline import train
 from diffusion.tracking import runs, ui
 
@@ -165,7 +165,7 @@ def test_one_screen_shows_which_of_ten_runs_is_best_and_why(workspace: Path, mon
     rates = [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
     scores = {}
     for number, (schedule, lr) in enumerate(itertools.product(("cosine", "linear"), rates)):
-        params = config.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
+        params = params_file.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
         tracker = runs.open_run(params.tracking, name=train.run_name(params), run_folder=paths.RUNS / f"{number}")
         with runs.closing_status(tracker, "train"):
             tracker.params(config.flat(config.trained(params)))

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from helpers.project import REPO
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.model.schedules import SCHEDULES
 from diffusion.model.unet import Block, UNet
 from diffusion.report import diagrams, figures
@@ -10,7 +10,7 @@ from diffusion.report import diagrams, figures
 
 def test_the_diagram_has_every_layer_as_the_data_pass_it() -> None:
     """Against hooks on a real run."""
-    net = UNet(config.load(REPO / "params.yaml").model)
+    net = UNet(params_file.load(REPO / "params.yaml").model)
     layers, skips = diagrams.traced(net)
     seen: list[tuple[int, int]] = []
     for module in [net.stem, *net.down, *net.middle, *net.up, net.head]:
@@ -26,7 +26,7 @@ def test_the_diagram_has_every_layer_as_the_data_pass_it() -> None:
 
 
 def test_the_unet_figure_names_sizes_channels_and_parameters() -> None:
-    net = UNet(config.load(REPO / "params.yaml").model)
+    net = UNet(params_file.load(REPO / "params.yaml").model)
     figure = diagrams.unet_figure(net)
     words = " ".join(t.get_text() for t in [*figure.axes[0].texts, *figure.texts])
     assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in words

@@ -10,7 +10,7 @@ import torch
 from helpers.project import REPO
 from torch import Tensor
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.model.denoiser import Denoiser, Prediction
 from diffusion.model.process import signal_and_noise
 from diffusion.model.schedules import SCHEDULES, NoiseSchedule, make_schedule
@@ -184,7 +184,7 @@ def test_the_config_chooses_sampler_and_options() -> None:
         ({"sample.sampler": "ddim", "sample.eta": 0.5}, ddim, {"eta": 0.5}),
         ({"sample.sampler": "ddpm", "sample.variance": "fixed_large"}, ddpm, {"variance": "fixed_large"}),
     ):
-        section = config.load(REPO / "params.yaml", overrides).sample
+        section = params_file.load(REPO / "params.yaml", overrides).sample
         torch.manual_seed(0)
         expected = finish(sampler(gaussian_denoiser(schedule), schedule, start(9), timesteps, **options))
         torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_the_config_chooses_sampler_and_options() -> None:
 def test_evaluations_are_what_a_sampler_spends() -> None:
     schedule = make_schedule("cosine", 50)  # begins beyond sigma = 80, so that Heun's first step is a single one
     for name in SAMPLERS:
-        section = config.load(REPO / "params.yaml", {"sample.sampler": name, "sample.steps": 9}).sample
+        section = params_file.load(REPO / "params.yaml", {"sample.sampler": name, "sample.steps": 9}).sample
         calls = []
 
         def counted(x_t: Tensor, t: Tensor, calls: list[Tensor] = calls) -> Prediction:

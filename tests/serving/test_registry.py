@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.served import described, params_of, write_model
 from helpers.stores import client_of, close_in_time, open_run, warnings
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.errors import UserError
 from diffusion.model.model_file import load_denoiser, read_card
 from diffusion.pipeline import evaluate
@@ -128,7 +128,7 @@ class TestAliases:
         add(1, fd_lite0=300.0)
         add(2, fd_lite0=310.0)
         monkeypatch.chdir(tmp_path)
-        config.write_yaml(params_of(**{"tracking.experiment": "faces"}), paths.PARAMS)
+        params_file.write_yaml(params_of(**{"tracking.experiment": "faces"}), paths.PARAMS)
         listed = CliRunner().invoke(registry.main, ["2"])
         assert listed.exit_code == 0, listed.output
         assert holder(client, "champion") == "2"

@@ -22,7 +22,7 @@ from helpers.served import described, params_of, write_model
 from helpers.stores import wait_for
 from PIL import Image
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.errors import UserError
 from diffusion.model.model_file import load_denoiser
 from diffusion.sampling import generation
@@ -59,7 +59,7 @@ def served(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     params = params_of(**CONDITIONAL)
     weights = write_model(folder, params)
     registry.register(client, run.info.run_id, weights, described(weights, params, fd_lite0=1.0))
-    config.write_yaml(params, folder / "params.yaml")
+    params_file.write_yaml(params, folder / "params.yaml")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -270,7 +270,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
 
 
 def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.write_yaml(params_of(), tmp_path / "params.yaml")
+    params_file.write_yaml(params_of(), tmp_path / "params.yaml")
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}", "PYTHONPATH": str(REPO / "src")}
     command = [sys.executable, "-m", "diffusion", "serve"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

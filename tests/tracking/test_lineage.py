@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers.commands import run_all, write_params
 
-from diffusion import config, paths
+from diffusion import params_file, paths
 from diffusion.tracking import lineage, provenance
 
 pytest.importorskip("mlflow")
@@ -31,7 +31,7 @@ def test_a_model_says_what_made_it_and_what_came_of_it(workspace: Path, monkeypa
     found = rows(explain())
     assert found["run_id"] == card["run_id"]
     assert found["data_digest"] == json.loads(paths.DATA_CARD.read_text())["digest"]
-    assert found["train.lr"] == str(config.load("params.yaml").train.lr)
+    assert found["train.lr"] == str(params_file.load("params.yaml").train.lr)
     assert found["params.digest"] == card["origin"]["params.digest"]
     assert found["versions"].startswith("python 3")
     assert float(found["evaluate/fd_lite0_12"]) == json.loads(paths.EVALUATE_METRICS.read_text())["fd_lite0_12"]

@@ -7,7 +7,7 @@ import pytest
 from helpers.project import REPO
 from helpers.studies import TUNE, fast_trials_at_once
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.errors import UserError
 from diffusion.tuning import apply, search
 from diffusion.tuning.store import storage_url
@@ -26,7 +26,7 @@ def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
     assert (tmp_path / "params.yaml").is_symlink()
     changed = [line for line in difference.splitlines() if line.startswith("+ ")]
     assert [line.split("  #")[0] for line in changed] == ["+  head_channels: null", "+  lr: 1e-05", "+  flip: false"]
-    params = config.load(file)
+    params = params_file.load(file)
     assert (params.train.lr, params.train.flip, params.model.head_channels) == (1e-5, False, None)
 
 
@@ -66,7 +66,7 @@ def test_best_values_of_another_recipe_are_warned_of(
 ) -> None:
     file = place / "params.yaml"
     file.write_text((REPO / "params.yaml").read_text())
-    params = config.load(file, TUNE | {"tune.space": config.load(file).tune.space})
+    params = params_file.load(file, TUNE | {"tune.space": params_file.load(file).tune.space})
     search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     capsys.readouterr()
     for _ in range(2):  # applying them does not make it another recipe

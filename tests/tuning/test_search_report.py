@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from ruamel.yaml import YAML
 
-from diffusion import config, paths
+from diffusion import config, params_file, paths
 from diffusion.report import figures
 from diffusion.tracking.journal import NullTracker, Tracker
 from diffusion.training import loop
@@ -42,10 +42,12 @@ def test_best_is_the_least_of_the_table_and_goes_into_params(
     file = place / "params.yaml"
     file.write_text((REPO / "params.yaml").read_text())
     difference = apply.apply(paths.BEST_YAML, file)
-    assert config.load(file) == config.load(REPO / "params.yaml", overrides)
+    assert params_file.load(file) == params_file.load(REPO / "params.yaml", overrides)
     before, after = (REPO / "params.yaml").read_text().splitlines(), file.read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
-    wanted = [key for key, value in overrides.items() if value != config.flat(config.load(REPO / "params.yaml"))[key]]
+    wanted = [
+        key for key, value in overrides.items() if value != config.flat(params_file.load(REPO / "params.yaml"))[key]
+    ]
     assert len(changed) == len([line for line in difference.splitlines() if line.startswith("+  ")]) == len(wanted)
     assert [old.partition("#")[2] for old, _ in changed] == [new.partition("#")[2] for _, new in changed]
     assert apply.apply(paths.BEST_YAML, file) == ""

@@ -7,7 +7,7 @@ import optuna
 import pytest
 from helpers.project import REPO
 
-from diffusion import config
+from diffusion import config, params_file
 from diffusion.errors import UserError
 from diffusion.tuning.space import Choices, Span, first_settings, present, read_space, settings, trial_config
 
@@ -21,7 +21,7 @@ def space(text: dict[str, Any], tiny: Callable[..., config.Params]) -> tuple[Any
 )
 def test_every_recipe_describes_a_space_that_holds_its_own_setting(recipe: str) -> None:
     """So that the first trial is what params.yaml has."""
-    params = config.load(REPO / recipe)
+    params = params_file.load(REPO / recipe)
     assert present(params, read_space(params)) == {
         "train.lr": params.train.lr,
         "train.lr_schedule": params.train.lr_schedule,
@@ -149,7 +149,7 @@ def test_what_is_trained_is_what_the_tables_say(tiny: Callable[..., config.Param
 
 
 def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Params]) -> None:
-    base = config.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000, "train.steps": 6000})
+    base = params_file.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000, "train.steps": 6000})
     cut = trial_config(base, {"train.lr": 3e-4, "diffusion.schedule": "sigmoid"})
     assert (cut.diffusion.schedule, cut.train.lr_schedule) == ("sigmoid", base.train.lr_schedule)
     assert cut.train.lr == pytest.approx(6e-4)  # 3e-4 is of a training four times as long
@@ -171,10 +171,10 @@ def test_a_trial_is_the_same_training_cut_short(tiny: Callable[..., config.Param
 
 def test_budget_and_warm_up_follow_what_is_searched() -> None:
     """Trials of any batch size see the same images; a warm-up that is found is the whole training's."""
-    base = config.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000})
+    base = params_file.load(REPO / "params.yaml", {"tune.images_per_trial": 48_000})
     twice = trial_config(base, {"train.batch_size": 64}).train
     assert (twice.steps, twice.warmup_steps / twice.steps) == (750, pytest.approx(100 / 3000, rel=0.05))
     assert settings(base, {"train.batch_size": 64}) == {"train.batch_size": 64, "train.steps": base.train.steps // 2}
     assert trial_config(base, {"train.warmup_steps": 400}).train.warmup_steps == 400 * 1500 // base.train.steps
     with pytest.raises(UserError, match=r"train\.processes"):
-        trial_config(config.load(REPO / "params.yaml", {"train.processes": 4}), {"train.batch_size": 2})
+        trial_config(params_file.load(REPO / "params.yaml", {"train.processes": 4}), {"train.batch_size": 2})

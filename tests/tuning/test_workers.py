@@ -22,7 +22,7 @@ from helpers.project import REPO
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import OperationalError
 
-from diffusion import config
+from diffusion import params_file
 from diffusion.errors import UserError
 from diffusion.tuning.store import answering, storage_url
 from diffusion.tuning.study import SharedStudy
@@ -229,7 +229,7 @@ def test_a_machine_that_is_lost_with_the_lock_holds_up_nobody(tmp_path: Path, mo
     """The server ends its session; till then who waits is told, and does not wait for ever."""
     monkeypatch.setattr("diffusion.tuning.study.BUSY_SECONDS", 2)
     with postgres_server(tmp_path / "postgres") as url:
-        params = config.load(REPO / "params.yaml", {"tune.storage": url})
+        params = params_file.load(REPO / "params.yaml", {"tune.storage": url})
         lost, other = (SharedStudy(fast_trials.STUDY, params, storage_url(params.tune)) for _ in range(2))
         with other.storage.engine.begin() as connection:  # at work, so its session does not end
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({int(fast_trials.STUDY[:15], 16)})")

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffusion import paths
-from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, checked_section, load, trained
+from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, trained
 from diffusion.errors import UserError
 from diffusion.model.diffusers_layers import joined, layers, split
 from diffusion.model.model_file import load_model, save_model
 from diffusion.model.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.model.unet import UNet
+from diffusion.params_file import checked_section, load
 from diffusion.rules import broken_model
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

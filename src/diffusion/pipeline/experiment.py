@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffusion import paths
-from diffusion.config import Params, flat, load
+from diffusion.config import Params, flat
 from diffusion.model.model_file import read_card
+from diffusion.params_file import load
 from diffusion.tracking import mlproject_run
 from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect

@@ -12,13 +12,14 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.config import Params, TrainedConfig, flat, trained, write_yaml
+from diffusion.config import Params, TrainedConfig, flat, trained
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.interrupts import StopRequest
 from diffusion.locks import only_trainer
 from diffusion.model.model_file import save_model
+from diffusion.params_file import write_yaml
 from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.serving.registry import register
 from diffusion.tracking import runs

@@ -19,8 +19,8 @@ from typing import Any
 import click
 
 from diffusion import paths
-from diffusion.config import load
 from diffusion.errors import UserError
+from diffusion.params_file import load
 from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect, is_server
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 
-from diffusion.config import SampleConfig, Seed
+from diffusion.config import Range, SampleConfig, Seed
 from diffusion.data import grids
 from diffusion.errors import UserError
 from diffusion.model.model_file import is_guidable, load_denoiser, read_card
-from diffusion.ranges import Range, allowed
+from diffusion.params_file import allowed
 from diffusion.runtime import resolve_device
 from diffusion.sampling import generation
 

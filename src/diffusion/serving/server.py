@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from diffusion import paths
-from diffusion.config import load
 from diffusion.errors import UserError
+from diffusion.params_file import load
 from diffusion.serving import requests
 from diffusion.serving.registry import champion, model_name
 from diffusion.tracking.mlflow_store import connect

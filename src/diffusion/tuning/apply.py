@@ -11,8 +11,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from diffusion import paths
-from diffusion.config import load, schema
 from diffusion.errors import UserError
+from diffusion.params_file import load, schema
 from diffusion.tuning.report import RECIPE
 from diffusion.tuning.space import Value, recipe_digest
 

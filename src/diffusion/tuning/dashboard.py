@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from diffusion import paths
-from diffusion.config import load
 from diffusion.errors import UserError
+from diffusion.params_file import load
 from diffusion.tuning.store import shown, storage_url
 
 

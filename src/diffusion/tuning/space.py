@@ -8,8 +8,9 @@ from hashlib import sha256
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from diffusion.config import Params, TrainedConfig, flat, from_dict, schema, to_dict, trained, unknown
+from diffusion.config import Params, TrainedConfig, flat, to_dict, trained
 from diffusion.errors import UserError
+from diffusion.params_file import from_dict, schema, unknown
 
 if TYPE_CHECKING:
     from optuna import Trial
