@@ -24,7 +24,7 @@ test: setup  ## the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup  ## style and types
-	@ruff check . && ruff format --check . && mypy
+	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
 tune: setup  ## search learning rate and schedules with Optuna: make tune [STORAGE=postgresql://...]
 	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m stages.tune

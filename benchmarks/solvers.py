@@ -23,8 +23,9 @@ from diffusion.config import Params, SampleConfig, trained_from_dict
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
+from diffusion.model.card import read_card
 from diffusion.model.denoiser import Denoiser
-from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.model.model_file import load_denoiser
 from diffusion.params_file import load
 from diffusion.report import diagrams, figures
 from diffusion.runtime import keep_freed_memory, resolve_device

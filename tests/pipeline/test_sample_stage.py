@@ -26,7 +26,6 @@ from diffusion.pipeline import evaluate, reference, sample
 from diffusion.sampling import generation
 from diffusion.sampling.partial import Parts
 from diffusion.tracking import runs
-from diffusion.training.identity import import_closure
 
 OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
 
@@ -155,11 +154,11 @@ def test_who_draws_other_samples_here_is_kept_out_too(trained: Path) -> None:
 
 
 def test_the_networks_code_is_part_of_what_images_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripts: list[Path] = []
-    monkeypatch.setattr(sample, "code_digest", lambda script: scripts.append(script) or "digest")
-    sample._code()
-    names = {path.name for script in scripts for path in import_closure(script)}
-    assert names >= {"unet.py", "layers.py", "samplers.py", "schedules.py", "noise.py", "parameterization.py"}
+    whole, before = sample.code_digests, sample._code()
+    for name in ("unet", "layers", "schedules", "parameterization", "denoiser"):
+        monkeypatch.setattr(sample, "code_digests", lambda *s, of=f"model/{name}.py": {**whole(*s), of: "edited"})
+        assert f"model/{name}.py" in whole("sampling/generation.py", "model/model_file.py")
+        assert sample._code() != before
 
 
 def test_guidance_is_not_shown_of_a_network_that_always_knew_the_class(workspace: Path) -> None:

@@ -13,8 +13,10 @@ from helpers.served import described, params_of, write_model
 from helpers.stores import client_of, close_in_time, open_run, warnings
 
 from diffusion import config, params_file, paths
+from diffusion.code_digest import LIBRARY
 from diffusion.errors import UserError
-from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.model.card import read_card
+from diffusion.model.model_file import load_denoiser
 from diffusion.pipeline import evaluate
 from diffusion.sampling import generation
 from diffusion.serving import registry, server
@@ -201,8 +203,8 @@ class TestThroughTheJournal:
         """Not that of the day on which the server is back."""
         params = params_of()
         weights = write_model(tmp_path / "models", params, seed=1)
-        library = shutil.copytree(registry.LIBRARY, tmp_path / "kept/diffusion")
-        (library / "unet.py").write_text("# as it was\n" + (library / "unet.py").read_text())
+        library = shutil.copytree(LIBRARY, tmp_path / "kept/diffusion")
+        (library / "model/unet.py").write_text("# as it was\n" + (library / "model/unet.py").read_text())
         tracker = open_run(tmp_path / "run")
         tracker.model(weights, {**described(weights, params), "library": str(library)})
         close_in_time(tracker)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from diffusion.code_digest import LIBRARY, file_digest
 from diffusion.errors import UserError
 from diffusion.metrics.inception_weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 from diffusion.rules import DIMS
@@ -183,10 +184,10 @@ def _layers(net: nn.Module) -> nn.Sequential:
 @cache
 def feature_code() -> str:
     """Digest of the code between an image and its features: a reference of another one is not used."""
-    sha = hashlib.sha256()
-    for name in ("metrics/features.py", "metrics/extraction.py", "data/pixels.py"):
-        sha.update((Path(__file__).parents[1] / name).read_bytes())
-    return sha.hexdigest()[:16]
+    digests = [
+        file_digest(LIBRARY / name) for name in ("metrics/features.py", "metrics/extraction.py", "data/pixels.py")
+    ]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
 from diffusion.errors import UserError
+from diffusion.model.card import card_path, read_card
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
@@ -43,11 +44,6 @@ def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), config
 
 
-def is_guidable(card: dict[str, Any]) -> bool:
-    """Whether the network of the card was also trained without classes, as guidance asks it."""
-    return bool(card["config"]["train"]["label_dropout"] > 0)
-
-
 def load_denoiser(path: Path | str, config: SampleConfig, device: torch.device) -> Denoiser:
     """What samplers ask, from a model file: on `device`, in the precision and with the clipping that `config` says.
 
@@ -63,19 +59,3 @@ def load_denoiser(path: Path | str, config: SampleConfig, device: torch.device) 
         dtype=resolve_precision(config.precision, device),
         clip_x0=config.clip_x0,
     )
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    """The JSON card of a model file: config, step, data digest, run id, ..."""
-    try:
-        card: dict[str, Any] = json.loads(card_path(path).read_text())
-        card["config"]
-    except FileNotFoundError:
-        raise UserError(f"{card_path(path)} is missing: run `dvc repro train`") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{card_path(path)} is not a model card ({error}): run `dvc repro -f train`") from None
-    return card
-
-
-def card_path(path: Path) -> Path:
-    return path.with_suffix(".json")

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from diffusion import paths
 from diffusion.errors import UserError
-from diffusion.model.model_file import read_card
+from diffusion.model.card import read_card
 from diffusion.serving.registry import register
 from diffusion.tracking.journal import JOURNAL
 from diffusion.tracking.lineage import of_model, of_run

@@ -7,13 +7,14 @@ from hashlib import sha256
 from typing import Any
 
 from diffusion import paths
+from diffusion.code_digest import LIBRARY
 from diffusion.config import Params, flat
 from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.locks import only_process
 from diffusion.metrics import scores
 from diffusion.metrics.names import shown
-from diffusion.model.model_file import read_card
+from diffusion.model.card import read_card
 from diffusion.serving import registry
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
@@ -78,7 +79,7 @@ def _register(
             file=sys.stderr,
         )
     about = registry.described(name, paths.MODEL, card, sample, scores, code)
-    library = tracker.keep(registry.LIBRARY, f"code-{about['identity']}")
+    library = tracker.keep(LIBRARY, f"code-{about['identity']}")
     tracker.model(paths.MODEL, {**about, "library": str(library)})
 
 

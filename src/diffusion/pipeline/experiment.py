@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusion import paths
 from diffusion.config import Params, flat
-from diffusion.model.model_file import read_card
+from diffusion.model.card import read_card
 from diffusion.params_file import load
 from diffusion.tracking import mlproject_run
 from diffusion.tracking.journal import warn

@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import paths
+from diffusion.code_digest import code_digests
 from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
 from diffusion.data import grids
 from diffusion.distributed import World, joined
 from diffusion.locks import only_process
-from diffusion.model import model_file
+from diffusion.model.card import is_guidable, read_card
 from diffusion.model.denoiser import Denoiser
-from diffusion.model.model_file import load_denoiser, read_card
+from diffusion.model.model_file import load_denoiser
 from diffusion.rules import doubtful
 from diffusion.runtime import keep_freed_memory
 from diffusion.sampling import generation, panels
@@ -36,7 +37,6 @@ from diffusion.sampling.samplers import evaluations
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
 from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker
-from diffusion.training.identity import code_digest
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -102,8 +102,8 @@ def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
 
 def _code() -> str:
     """Digest of the code that decides what an image is: the sampling, and the network as it is loaded."""
-    both = [code_digest(Path(str(module.__file__))) for module in (generation, model_file)]
-    return hashlib.sha256("".join(both).encode()).hexdigest()
+    code = code_digests("sampling/generation.py", "model/model_file.py")
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
 
 
 def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
@@ -206,7 +206,7 @@ def _write_outputs(
     grids.save_png(grids.strip(strip.numpy(), scale=grids.zoom(drawn)), paths.SAMPLES / "denoising.png")
     if labels is not None:
         _write_classes(drawn, labels)
-        if model_file.is_guidable(card):
+        if is_guidable(card):
             _write_guidances(params, denoiser, device, grids.zoom(drawn))
 
 

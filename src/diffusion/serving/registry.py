@@ -19,12 +19,12 @@ from typing import Any
 import click
 
 from diffusion import paths
+from diffusion.code_digest import LIBRARY
 from diffusion.errors import UserError
 from diffusion.params_file import load
 from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect, is_server
 
-LIBRARY = Path(__file__).parents[1]
 WAY = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance", "labels")  # how a model is sampled
 PACKAGES = ("mlflow", "numpy", "pillow", "pydantic", "safetensors", "torch", "tqdm")
 

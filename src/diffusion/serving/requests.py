@@ -16,7 +16,8 @@ import torch
 from diffusion.config import Range, SampleConfig, Seed
 from diffusion.data import grids
 from diffusion.errors import UserError
-from diffusion.model.model_file import is_guidable, load_denoiser, read_card
+from diffusion.model.card import is_guidable, read_card
+from diffusion.model.model_file import load_denoiser
 from diffusion.params_file import allowed
 from diffusion.runtime import resolve_device
 from diffusion.sampling import generation

@@ -17,11 +17,11 @@ from dataclasses import replace
 from hashlib import sha256
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import torch
 
 from diffusion import paths
+from diffusion.code_digest import code_digests
 from diffusion.config import Params, flat, to_dict
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
@@ -32,8 +32,7 @@ from diffusion.metrics.reference import Reference
 from diffusion.runtime import resolve_device
 from diffusion.tracking import runs
 from diffusion.tracking.journal import Tracker
-from diffusion.training.identity import code_digest
-from diffusion.tuning import objective, space
+from diffusion.tuning import objective
 from diffusion.tuning.report import Ledger, draw_figures
 from diffusion.tuning.space import present, recipe
 from diffusion.tuning.store import answering, is_outage, shown, storage_url
@@ -115,7 +114,7 @@ def study_name(params: Params, data: str, reference: Reference) -> str:
         "data": data,
         "reference": reference.key,
         "reports": REPORTS,
-        "code": [code_digest(Path(str(module.__file__))) for module in (objective, space)],
+        "code": code_digests("tuning/objective.py", "tuning/space.py"),
     }
     return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
