@@ -1,7 +1,7 @@
 """Params files on a machine without pydantic and ruamel.yaml: read by PyYAML, typed by the dataclasses of config.py.
 
 Every scalar is taken as text and converted by its key's type, so that YAML 1.1 (2e-4 is a text, off a truth value) and
-the pipeline's YAML 1.2 cannot differ. tests/test_gpu_benchmark.py holds it against `config.load`.
+the pipeline's YAML 1.2 cannot differ. tests/benchmarks/test_gpu_benchmark.py holds it against `params_file.load`.
 """
 
 import contextlib

@@ -163,7 +163,7 @@ class TuneConfig:
     pruner: Literal["median", "hyperband", "none"]
     storage: str | None
     seed: Seed | None
-    space: dict[str, Any]  # dotted key -> description: tuning_space.py reads it
+    space: dict[str, Any]  # dotted key -> description: tuning/space.py reads it
 
 
 @dataclass(frozen=True)

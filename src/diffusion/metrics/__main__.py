@@ -15,9 +15,9 @@ from diffusion.metrics import selftest
 from diffusion.metrics.extraction import features_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.inception_weights import WeightsUnavailableError, find_inception_weights
-from diffusion.metrics.measures import measured, versions
 from diffusion.metrics.names import shown
 from diffusion.metrics.reference import make_reference
+from diffusion.metrics.scores import measured, versions
 from diffusion.runtime import keep_freed_memory, resolve_device
 
 STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is taken for one of those

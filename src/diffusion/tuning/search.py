@@ -1,8 +1,8 @@
 """The search: an Optuna study whose trials are ordinary, shorter trainings, done by worker processes.
 
-tuning_space.py says what is searched, tuning_store.py where the study is kept, tuning_study.py who has which trial,
-tuning_worker.py and tuning_trial.py how one is done, tuning_objective.py what it is judged by,
-tuning_report.py what is written down.
+space.py says what is searched, store.py where the study is kept, study.py who has which trial,
+worker.py and trial.py how one is done, objective.py what it is judged by,
+report.py what is written down.
 """
 
 import json
