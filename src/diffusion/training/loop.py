@@ -25,7 +25,7 @@ from diffusion.training import augment, checkpoint
 from diffusion.training.ema import EMA, ema_decay
 from diffusion.training.loss import Loss
 from diffusion.training.optim import clipped_step, learning_rate, make_optimizer
-from diffusion.training.progress import Progress, Record, smoothed
+from diffusion.training.progress import Progress, Record
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
@@ -113,10 +113,8 @@ class Trainer:
         """Whether losses are read, and divergence is judged, after `step`: fixed steps, so that a resumed training and
         all ranks decide alike.
         """
-        config = self.config.train
-        return (
-            self.reads_every_step or step % MAX_BAD_STEPS == 0 or step % config.log_every == 0 or step == config.steps
-        )
+        due = step % MAX_BAD_STEPS == 0 or step % self.config.train.log_every == 0 or step == self.config.train.steps
+        return self.reads_every_step or due
 
     def settle(self) -> None:
         """Wait for the device and count the steps since the last call as taken or skipped."""
@@ -133,32 +131,19 @@ class Trainer:
 
     def validate(self) -> float:
         """Validation loss of the EMA weights; the best ones are kept."""
-        progress = self.progress
         size = 2 * (self.config.train.micro_batch or len(self.share))
         value = self.loss.validation(self.ema.net, self.val, self.config.seed, size, self.world, **self.val_given)
-        progress.val_rows.append({"step": progress.step, "val_loss": value})
-        if value < progress.best_val_loss:
-            progress.best_val_loss = value
-            if self.config.train.best_by == "val_loss":
-                self.keep()
-        return value
+        return self._noted("val_loss", self.progress.val_rows, value)
 
     def evaluate(self) -> float:
         """fd_lite0 of the EMA weights; the best ones are kept if `train.best_by` says so. All ranks call it."""
         assert self._score is not None
-        progress, value = self.progress, self._score(self)
-        progress.fd_rows.append({"step": progress.step, "fd_lite0": value})
-        if value < progress.best_fd_lite0:
-            progress.best_fd_lite0 = value
-            if self.config.train.best_by == "fd_lite0":
-                self.keep()
-        return value
+        return self._noted("fd_lite0", self.progress.fd_rows, self._score(self))
 
     def evaluates(self, step: int) -> bool:
         """Whether `evaluate` is due after `step`."""
-        config = self.config.train
-        due = config.evaluate_every and (step % config.evaluate_every == 0 or step == config.steps)
-        return bool(due and self._score)
+        every, steps = self.config.train.evaluate_every, self.config.train.steps
+        return bool(self._score and every and (step % every == 0 or step == steps))
 
     def keep(self) -> None:
         """Take the EMA weights of now for the ones to export."""
@@ -257,19 +242,19 @@ class Trainer:
             return contextlib.nullcontext()
         return seeded(self.config.seed, f"dropout{salt}/{position}", self.progress.step, self.device)
 
-    def _log(self, lr: float) -> dict[str, float]:
+    def _noted(self, name: str, rows: list[dict[str, float]], value: float) -> float:
+        """`value` of the EMA weights, once it is in its curve; the weights are kept if it is train.best_by's best."""
         progress = self.progress
-        loss = sum(self._recent) / len(self._recent) if self._recent else math.nan
-        self._recent = []
-        row = {
-            "step": progress.step,
-            "loss": loss,
-            "loss_smoothed": smoothed(progress.loss_rows, loss),
-            "lr": lr,
-            "grad_norm": self._grad_norm,
-        }
-        progress.loss_rows.append(row)
-        return row
+        rows.append({"step": progress.step, name: value})
+        if value < getattr(progress, f"best_{name}"):
+            setattr(progress, f"best_{name}", value)
+            if self.config.train.best_by == name:
+                self.keep()
+        return value
+
+    def _log(self, lr: float) -> dict[str, float]:
+        losses, self._recent = self._recent, []
+        return self.progress.log(losses, lr, self._grad_norm)
 
     def _restore(self) -> None:
         """Take up rank 0's newest checkpoint; the other ranks need not see its folder."""

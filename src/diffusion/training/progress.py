@@ -27,6 +27,14 @@ class Progress:
     best_fd_lite0: float = math.inf
     fd_rows: list[dict[str, float]] = field(default_factory=list)
 
+    def log(self, losses: Sequence[float], lr: float, grad_norm: float) -> dict[str, float]:
+        """Append a row to `loss_rows`: the mean of `losses`, those of the steps since the row before."""
+        loss = sum(losses) / len(losses) if losses else math.nan
+        smooth = smoothed(self.loss_rows, loss)
+        row = {"step": self.step, "loss": loss, "loss_smoothed": smooth, "lr": lr, "grad_norm": grad_norm}
+        self.loss_rows.append(row)
+        return row
+
 
 @dataclass
 class Record:
