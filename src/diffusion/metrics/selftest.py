@@ -9,16 +9,19 @@ torch-fidelity on the same images (`fidelity --fid --input1 ... --input2 ...`) t
 number into GOLDEN; from then on the self-test compares with it.
 """
 
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion import paths
 from diffusion.errors import UserError
+from diffusion.metrics.compare import compared
 from diffusion.metrics.features import INCEPTION_SIZE, Inception, resize_as_tensorflow1
 from diffusion.metrics.frechet import Moments, frechet_distance
 from diffusion.metrics.inception_weights import INCEPTION_NAMES, sha256, torch_cache
@@ -105,8 +108,6 @@ def golden() -> Iterator[Check]:
         why = "nobody has measured it yet" if GOLDEN is None else "the published weights are not at hand"
         yield f"golden number not compared: {why} (diffusion/metrics/selftest.py says how)", None
         return
-    from diffusion.metrics.__main__ import compared
-
     try:
         (entry,) = compared(
             "cifar10:test",
@@ -161,3 +162,14 @@ def random_weights(path: Path, seed: int = 0) -> Path:
             value.normal_(0, 0.1, generator=generator)
     torch.save(state, path)
     return path
+
+
+@click.command()
+@click.option("--images", type=click.IntRange(2), default=16, show_default=True, help="Images a side for the features.")
+def selftest(images: int) -> None:
+    """Check Frechet distance, Inception features and FID against torch-fidelity, torchmetrics and closed forms."""
+    failed, words = 0, {True: "ok", False: "FAILED", None: "skipped"}
+    for line, passed in checks(images):
+        click.secho(f"{words[passed]}  {line}", fg="red" if passed is False else None)
+        failed += passed is False
+    sys.exit(1 if failed else 0)
