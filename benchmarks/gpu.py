@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         if path is not None and not path.is_file():
             raise UserError(f"{path}: no such file")
     images, labels = load_images(arguments.data)
-    train, val = split(labels, params.data.val_images, params.seed)
+    train, val = split(labels, params.data.val_images)
     sha256 = digest(images.shape, [images], labels)
     data = Dataset(
         torch.from_numpy(images),

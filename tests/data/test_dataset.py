@@ -32,29 +32,39 @@ def test_to_uint8_rounds_and_clamps() -> None:
     assert pixels.to_uint8(values).flatten().tolist() == [0, 0, 0, 1, 128, 255, 255]
 
 
-def test_split_is_stratified_disjoint_and_depends_on_the_seed() -> None:
+def test_split_is_stratified_disjoint_and_always_the_same() -> None:
     labels = np.repeat(np.arange(10, dtype=np.uint8), [50, 150, 100, 100, 100, 100, 100, 100, 100, 100])
-    train, val = dataset.split(labels, 200, seed=1)
+    train, val = dataset.split(labels, 200)
     assert sorted([*train, *val]) == list(range(1000))
     assert np.bincount(labels[val]).tolist() == [10, 30, 20, 20, 20, 20, 20, 20, 20, 20]
-    np.testing.assert_array_equal(val, dataset.split(labels, 200, seed=1)[1])
-    assert (val != dataset.split(labels, 200, seed=2)[1]).any()
+    np.testing.assert_array_equal(val, dataset.split(labels, 200)[1])
+    assert (val != np.arange(200)).any()
 
 
 def test_split_takes_exactly_what_is_asked_when_classes_do_not_divide() -> None:
     labels = np.arange(103, dtype=np.uint8) % 10
     for count in (10, 17, 33):
-        train, val = dataset.split(labels, count, seed=0)
+        train, val = dataset.split(labels, count)
         assert len(val) == count
         assert len(train) == 103 - count
         share = np.bincount(labels[val], minlength=10) - np.bincount(labels) * count / 103
         assert np.abs(share).max() < 1
 
 
+@pytest.mark.parametrize(
+    ("labels", "val_images"), [([0] + 99 * [1], 50), ([0, 0] + 98 * [1], 90), ([0, 1, 2] + 97 * [3], 96)]
+)
+def test_rare_classes_stay_in_training(labels: list[int], val_images: int) -> None:
+    train, val = dataset.split(np.array(labels), val_images)
+    assert set(np.array(labels)[train]) == set(labels)
+    assert len(val) == val_images
+    assert sorted([*train, *val]) == list(range(100))
+
+
 @pytest.mark.parametrize("count", [5, 98])
 def test_split_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(UserError, match=r"data\.val_images"):
-        dataset.split(np.arange(100, dtype=np.uint8) % 10, count, seed=0)
+        dataset.split(np.arange(100, dtype=np.uint8) % 10, count)
 
 
 def numbered(count: int) -> dataset.Dataset:

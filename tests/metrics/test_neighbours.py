@@ -144,6 +144,14 @@ def test_nearest_is_brute_force_and_exact() -> None:
     assert others.min() > 0
 
 
+def test_exact_copies_count_however_many_training_images_have_twins() -> None:
+    """With twins of over COPY_QUANTILE of them, the threshold is 0."""
+    training = rows(100, 4)
+    twins = torch.cat([training, training[:2]])
+    found = copies(torch.cat([training[50:53], rows(7, 4, seed=1, shift=30.0)]), twins)
+    assert (found.threshold, found.share) == (0.0, 0.3)
+
+
 def test_fresh_samples_are_copies_as_often_as_the_quantile_says() -> None:
     """Fewer neighbours (themselves left out) make no difference at 5,000: the share is the quantile."""
     training = rows(5000, 4)

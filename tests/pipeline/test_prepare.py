@@ -27,7 +27,7 @@ def test_arrays_split_and_card_are_those_of_the_downloaded_images(
     np.testing.assert_array_equal(np.load(paths.TRAIN_LABELS), labels)
     with np.load(paths.CIFAR10_TEST) as archive:
         np.testing.assert_array_equal(real_images("test"), archive["images"])
-    train, val = split(labels, 20, 0)
+    train, val = split(labels, 20)
     card = json.loads(paths.DATA_CARD.read_text())
     assert (card["train_images"], card["val_images"], card["image_shape"]) == (40, 20, [32, 32, 3])
     np.testing.assert_allclose(card["channel_mean"], (images[train] / 255).mean((0, 1, 2)), atol=6e-7)

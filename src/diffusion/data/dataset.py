@@ -19,6 +19,7 @@ from diffusion.runtime import generator
 
 RESIDENT = 0.4  # of a GPU's free memory, at most, for the training images
 MPS_BYTES = 2 * 2**30  # the same on MPS, which shares the host's memory
+SPLIT_SEED = 0
 READ = 64  # images read at once from a map, of which each may bring up to 2 MiB of pages into memory
 
 
@@ -31,8 +32,11 @@ def digest(shape: tuple[int, ...], chunks: Iterable[np.ndarray], labels: np.ndar
     return sha.hexdigest()
 
 
-def split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(labels: np.ndarray, val_images: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted (train, validation) indices; validation holds each class in proportion to its share of `labels` (N,).
+
+    A function of the labels alone, whatever params.yaml's seed is: validation losses of two seeds are of the same
+    images. Each class keeps at least one image for training.
 
     Raises:
         UserError: `val_images` would leave no image for training, or is less than the number of classes.
@@ -40,11 +44,11 @@ def split(labels: np.ndarray, val_images: int, seed: int) -> tuple[np.ndarray, n
     classes, counts = np.unique(labels, return_counts=True)
     if not len(classes) <= val_images <= len(labels) - len(classes):
         raise UserError(f"data.val_images = {val_images} cannot be split from {len(labels)} images: change it")
-    exact = counts * val_images / len(labels)
-    quota = np.floor(exact).astype(int)
-    largest_remainders = np.argsort(quota - exact, kind="stable")[: val_images - quota.sum()]
-    quota[largest_remainders] += 1
-    rng = np.random.default_rng(seed)
+    exact, most = counts * val_images / len(labels), counts - 1
+    quota = np.minimum(np.floor(exact).astype(int), most)
+    while quota.sum() < val_images:  # the largest remainder next
+        quota[np.argmax(np.where(quota < most, exact - quota, -np.inf))] += 1
+    rng = np.random.default_rng(SPLIT_SEED)
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, quota, strict=True)]
     val = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(labels)), val), val

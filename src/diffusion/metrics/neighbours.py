@@ -67,7 +67,8 @@ def copies(samples: Tensor, training: Tensor) -> Copies:
     """How many samples are closer to a training image than training images are to each other; features (N, d), (M, d).
 
     The threshold is the COPY_QUANTILE quantile of the distances of each training image to its nearest other one. A
-    sample is counted if its distance to its nearest training image is strictly below it.
+    sample is counted if its distance to its nearest training image is below it, or 0: where more of the training images
+    than that have a twin the threshold is 0 itself.
 
     Raises:
         UserError: fewer than two training rows, or widths that differ.
@@ -76,7 +77,7 @@ def copies(samples: Tensor, training: Tensor) -> Copies:
     between, _ = nearest(training, training, other=True)
     threshold = float(torch.quantile(between.double(), COPY_QUANTILE))
     distances, index = nearest(samples, training)
-    return Copies(float((distances < threshold).double().mean()), threshold, distances, index)
+    return Copies(float(((distances < threshold) | (distances == 0)).double().mean()), threshold, distances, index)
 
 
 def nearest(rows: Tensor, among: Tensor, *, other: bool = False) -> tuple[Tensor, Tensor]:

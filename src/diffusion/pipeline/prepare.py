@@ -21,7 +21,7 @@ def prepare(params: Params) -> None:
         UserError: the source cannot be used, or has too few images for data.val_images.
     """
     source = open_source(Path(params.data.source), params.model.image_size, params.model.image_channels)
-    train, val = split(source.labels, params.data.val_images, params.seed)
+    train, val = split(source.labels, params.data.val_images)
     paths.IMAGES.mkdir(parents=True, exist_ok=True)
     channels = Channels(source.shape[3], len(source.labels), train)
     sha256 = digest(source.shape, channels.counted(written(source, paths.TRAIN_IMAGES)), source.labels)
