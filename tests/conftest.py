@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from helpers import isolation
 from helpers.cifar10_world import world as world  # a fixture
 from helpers.misbehaving import serve as serve  # a fixture
 from helpers.project import REPO, TINY
@@ -28,11 +29,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="downloads packages: ask for it with -m network"))
 
 
+BEFORE = pytest.StashKey[isolation.State]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(
+        session.config, "workerinput"
+    ):  # pytest-xdist's workers start and end within the controller's session
+        session.config.stash[BEFORE] = isolation.snapshot()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The session fails if anything in the repository's folder is not as it was."""
+    if BEFORE in session.config.stash:
+        changed = isolation.differences(session.config.stash[BEFORE], isolation.snapshot())
+        if changed:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            print("", "The tests did not leave the repository alone:", *changed, sep="\n")
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """pytest-xdist runs a worker a core; the MLflow store and DVC stay away from the repository."""
+def _session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where fixtures work that several tests share."""
     torch.set_num_threads(1)
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    with pytest.MonkeyPatch.context() as patch:
+        isolation.enter(tmp_path_factory.mktemp("session"), patch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in a folder of its own with a store of its own, whatever the repository's folder holds."""
+    isolation.enter(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -55,11 +83,8 @@ def tiny_data() -> Dataset:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path) -> Path:
     """An empty project folder with downloaded images: 60 for training, 30 for testing."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RUNS", "WEIGHTS", "DOWNLOADS", "MLFLOW_DB", "MLFLOW_ARTIFACTS"):
-        monkeypatch.setattr(paths, name, tmp_path / getattr(paths, name).relative_to(paths.ROOT))
     rng = np.random.default_rng(0)
     paths.CIFAR10.mkdir(parents=True)
     for path, count in ((paths.CIFAR10_TRAIN, 60), (paths.CIFAR10_TEST, 30)):
@@ -73,8 +98,6 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Creating the tables takes seconds, copying them does not: once a session, for all of its worker processes."""
     workers = "PYTEST_XDIST_WORKER" in os.environ
     path = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("mlflow")) / "empty.db"
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     from mlflow import MlflowClient
 
     with FileLock(path.with_suffix(".lock")):
@@ -85,12 +108,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in list(os.environ):
-        if name.startswith("MLFLOW_") and name not in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_LOGGING_LEVEL"):
-            monkeypatch.delenv(name)
-    path = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_database, path)
-    monkeypatch.setattr(paths, "MLFLOW_DB", path)
+    shutil.copyfile(empty_database, paths.MLFLOW_DB)
     monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
     monkeypatch.setattr(mlflow_tracker, "GATHER_SECONDS", 0.02)
-    return path
+    return paths.MLFLOW_DB

@@ -20,7 +20,8 @@ from diffusion.sampling.samplers import evaluations
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a module of benchmarks/ as its scripts do."""
+    """Import a module of benchmarks/ as its scripts do; they find the recipes in the working folder."""
+    Path("params").symlink_to(REPO / "params")
     monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     return importlib.import_module
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.commands import run, run_all, start, wait_for_checkpoint, write_params
+from helpers.commands import run, run_all, wait_for_checkpoint, write_params
+from helpers.preloaded import Command
 from helpers.worlds import in_world
 from safetensors.torch import load_file
 
@@ -208,12 +209,12 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     run_all("prepare")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the README says
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m"]
-    process = start(*([] if starter == "train.processes" else torchrun), "stages.train")
+    process = Command(*([] if starter == "train.processes" else torchrun), "stages.train")
     wait_for_checkpoint(30, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
-    assert error.count("resuming at step") == 1
+    said = process.wait()
+    assert process.returncode == 0, said
+    assert said.count("resuming at step") == 1
     metrics = json.loads(paths.TRAIN_METRICS.read_text())
     assert (metrics["processes"], metrics["images_seen"]) == (2, 60 * 4)
     expected = in_world(2, workspace / "alone", best_of, trained(load("params.yaml")), workspace / "alone")[0]
@@ -225,18 +226,18 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
 def test_a_stage_of_several_processes_ends_as_one_does(workspace: Path) -> None:
     """One line and status 2 for a mistake; SIGTERM to the stage saves once; then one process finishes the training."""
     write_params(**LONG, **{"train.processes": 3})
-    process = start("stages.train")
-    error = process.communicate(timeout=120)[1]
-    assert (process.returncode, error.count("error: "), len(error.splitlines())) == (2, 1, 1), error
+    process = Command("stages.train")
+    said = process.wait()
+    assert (process.returncode, said.count("error: "), len(said.splitlines())) == (2, 1, 1), said
 
     run_all("prepare")
-    process = start("stages.train")
+    process = Command("stages.train")
     wait_for_checkpoint(15, process)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=120)[1]
+    said = process.wait()
     assert process.returncode == 130
-    assert len(re.findall(r"stopped at step \d+; `dvc repro` goes on from there", error)) == 1, error
-    assert "Traceback" not in error
+    assert len(re.findall(r"stopped at step \d+; `dvc repro` goes on from there", said)) == 1, said
+    assert "Traceback" not in said
 
     write_params(**LONG, **{"train.processes": 1, "train.micro_batch": 3})
     assert "resuming at step" in run("train").output

@@ -1,15 +1,13 @@
-"""The stage commands: in this process, or as processes of their own."""
+"""The stage commands in this process, and what a test waits for of one in a process of its own."""
 
 import importlib
-import os
-import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+from helpers.preloaded import Command
 from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 
@@ -34,29 +32,13 @@ def run_all(*stages: str) -> None:
         assert result.exit_code == 0, f"{stage}: {result.output}"
 
 
-def start(*module: str) -> subprocess.Popen[str]:
-    """`python -m` module, with its arguments, in this folder."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{REPO}/src:{REPO}",
-        "DVC_ROOT": str(Path.cwd()),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", *module],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # a suite that a shell runs in the background ignores SIGINT, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def wait_for_checkpoint(after: int, process: Command) -> None:
+    wait_for_file(process, lambda: any(int(p.name[5:13]) >= after for p in paths.RUNS.glob("*/step_*.pt")))
 
 
-def wait_for_checkpoint(after: int, process: subprocess.Popen[str]) -> None:
+def wait_for_file(process: Command, there: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(int(p.name[5:13]) >= after for p in paths.RUNS.glob("*/step_*.pt")):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint: {process.stderr.read() if process.poll() is not None else ''}")
+    while not there():
+        assert process.returncode is None, process.said
+        assert time.monotonic() < deadline, process.said
+        time.sleep(0.01)

@@ -49,10 +49,6 @@ class StubExtractor:
 @pytest.fixture
 def place(tmp_path: Path, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project folder with a reference; the score is a formula of the setting, least at lr 1e-3."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPTUNA_STORAGE", raising=False)
-    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(paths, "OPTUNA_DB", tmp_path / "optuna/study.db")
     monkeypatch.setattr(Dataset, "load", lambda: tiny_data)
     monkeypatch.setattr(search, "EfficientNetLite0", StubExtractor)
     monkeypatch.setattr(trial, "EfficientNetLite0", StubExtractor)

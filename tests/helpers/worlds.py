@@ -1,6 +1,5 @@
 """Worlds of several processes for the tests: gloo on this machine, each process forked from one that knows torch."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -8,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.preloaded import CONTEXT
 
 from diffusion.distributed import World, joined
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["diffusion.pipeline.train", "torch._dynamo"]
-)  # the optimiser imports the latter, which is slow
 SECONDS = 120
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from helpers.commands import run, run_all, start, write_params
+from helpers.commands import run, run_all, write_params
+from helpers.preloaded import Command
 
 from diffusion import paths
 from diffusion.metrics.reference import Reference
@@ -63,12 +64,12 @@ def test_who_scores_the_same_model_is_waited_for(workspace: Path) -> None:
     run_all("prepare", "reference", "train", "sample")
     (run_folder,) = (path.parent for path in paths.RUNS.glob("*/journal.jsonl"))
     with FileLock(run_folder / "evaluate.lock"):
-        second = start("stages.evaluate")
-        assert second.stderr
-        line = next(line for line in second.stderr if "waiting" in line)
+        second = Command("stages.evaluate")
+        second.wait_for("waiting")
+        (line,) = (line for line in second.said.splitlines() if "waiting" in line)
         assert "which is scoring samples of this model" in line
-        assert second.poll() is None
-    second.communicate(timeout=300)
+        assert second.returncode is None
+    second.wait()
     assert second.returncode == 0
 
 
@@ -82,10 +83,10 @@ def test_two_processes_score_as_one(workspace: Path) -> None:
     (paths.REFERENCE / "fd_lite0.npz").unlink()
     write_params(**{"evaluate.processes": 2})
     for stage in ("reference", "evaluate"):
-        process = start(f"stages.{stage}")
-        err = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, err
-        assert "1 of 2 processes" in err
+        process = Command(f"stages.{stage}")
+        said = process.wait()
+        assert process.returncode == 0, said
+        assert "1 of 2 processes" in said
     found = reference()
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-10, atol=1e-12)
     assert np.abs(found.cov - expected.cov).max() <= 1e-10 * np.abs(expected.cov).max()

@@ -17,7 +17,7 @@ from helpers.stores import CONFIG, client_of, open_run
 
 from diffusion import config, params_file, paths
 from diffusion.pipeline import experiment
-from diffusion.tracking import mlproject_run
+from diffusion.tracking import mlproject_run, runs
 from stages import stage
 
 pytest.importorskip("mlflow")
@@ -212,7 +212,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return made
 
 
-def runs(project: Project, experiment: str = EXPERIMENT) -> list[Any]:
+def runs_of(project: Project, experiment: str = EXPERIMENT) -> list[Any]:
     """Newest first."""
     client = client_of(project.folder / "mlflow.db")
     return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
@@ -231,7 +231,7 @@ def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Proj
     in_experiment = ("--experiment-name", EXPERIMENT)
     said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1.234e-3")
     assert "train.steps = 5, train.lr = 0.001234" in said
-    (run,) = runs(project)
+    (run,) = runs_of(project)
     default = params_file.load(REPO / "params.yaml")
     words = f"{default.train.lr_schedule}-{default.diffusion.schedule}-{default.diffusion.prediction}"
     assert (run.info.status, run.info.run_name) == ("FINISHED", f"lr1.23e-3-{words}")
@@ -246,14 +246,14 @@ def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Proj
     project.dvc("exp", "apply", experiment[1])
     assert card_of(project.folder)["run_id"] == run.info.run_id
     assert ran(mlflow_run(project.folder, *in_experiment)) == {"weights"}  # nothing is left to do
-    assert runs(project)[0].data.tags["pipeline.run_id"] == run.info.run_id
+    assert runs_of(project)[0].data.tags["pipeline.run_id"] == run.info.run_id
 
     text = (project.folder / "params.yaml").read_text()
     (project.folder / "params/other.yaml").write_text(text.replace("batch_size: 4\n", "batch_size: 3\n", 1))
     mlflow_run(project.folder, "-e", "train", "-P", "params=params/other.yaml", "-P", "train.steps=6")
     card = card_of(project.folder)
     assert (card["config"]["train"]["steps"], card["config"]["train"]["batch_size"]) == (6, 3)
-    assert runs(project, "Default")[0].info.run_id == card["run_id"]
+    assert runs_of(project, "Default")[0].info.run_id == card["run_id"]
 
 
 @pytest.mark.network

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from helpers.commands import run, run_all, start, write_params
+from helpers.commands import run, run_all, wait_for_file, write_params
+from helpers.preloaded import Command
 from helpers.worlds import in_world
 from PIL import Image
 
@@ -195,27 +194,18 @@ def test_a_process_that_is_kept_out_leaves_the_run_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
-    many = {"sample.num_images": 200, "sample.steps": 30, "sample.save_png": False}
+    many = {"sample.num_images": 48, "sample.steps": 20, "sample.save_png": False}
     write_params(**OVERRIDES | many)
-    process = start("stages.sample")
-    wait_for_parts(process, 1)
+    process = Command("stages.sample")
+    wait_for_file(process, lambda: any(paths.RUNS.glob("*/samples-*/*.npz")))
     process.send_signal(signal_number)
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), err
-    assert "Traceback" not in err
+    said = process.wait()
+    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), said
+    assert "Traceback" not in said
     assert "resuming: " in run("sample").output
     resumed = samples()
     run_all("sample")
     np.testing.assert_array_equal(resumed, samples())
-
-
-def wait_for_parts(process: subprocess.Popen[str], count: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if len([*paths.RUNS.glob("*/samples-*/*.npz")]) >= count:
-            return
-        time.sleep(0.02)
-    raise AssertionError("no parts")
 
 
 @pytest.mark.slow
@@ -223,9 +213,9 @@ def test_torchruns_workers_draw_the_same_images(trained: Path) -> None:
     run_all("sample")
     alone = samples()
     write_params(**OVERRIDES | {"sample.processes": 2})
-    process = start("stages.sample")
-    err = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, err
+    process = Command("stages.sample")
+    said = process.wait()
+    assert process.returncode == 0, said
     np.testing.assert_array_equal(samples(), alone)
     png_files_are(alone)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.commands import run, run_all, start, wait_for_checkpoint, write_params
+from helpers.commands import run, run_all, wait_for_checkpoint, write_params
+from helpers.preloaded import Command
 from helpers.project import REPO
 from PIL import Image
 from safetensors.numpy import load_file
@@ -84,32 +85,35 @@ def test_save_png_false_saves_no_png(workspace: Path) -> None:
     assert paths.SAMPLES_NPZ.exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signal_number",
+    [signal.SIGKILL, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM))],
+    ids=["SIGKILL", "SIGINT", "SIGTERM"],
+)
 def test_a_killed_training_resumes_to_the_same_model(workspace: Path, signal_number: int) -> None:
-    steps = {"steps": 120, "preview_every": 120, "validate_every": 40, "checkpoint_every": 15}
+    steps = {"steps": 60, "preview_every": 60, "validate_every": 30, "checkpoint_every": 6}
     write_params(**{f"train.{key}": value for key, value in steps.items()})
     run_all("prepare")
-    process = start("stages.train")
-    wait_for_checkpoint(30, process)
+    process = Command("stages.train")
+    wait_for_checkpoint(12, process)
     process.send_signal(signal_number)
-    err = process.communicate(timeout=60)[1]
+    said = process.wait()
     if signal_number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == 130
-        assert re.search(r"stopped at step \d+; `dvc repro` goes on from there", err)
-    assert "Traceback" not in err
+        assert re.search(r"stopped at step \d+; `dvc repro` goes on from there", said)
+    assert "Traceback" not in said
     assert not paths.MODEL.exists()
 
-    again = start("stages.train")
-    assert "resuming at step" in again.communicate(timeout=300)[1]
-    assert again.returncode == 0
+    again = run("train")
+    assert "resuming at step" in again.output
+    assert again.exit_code == 0
     resumed = load_file(paths.MODEL)
 
     for path in paths.RUNS.iterdir():
         path.rename(workspace / f"old-{path.name}")
-    run_all("train")  # the whole of it, in this process
+    run_all("train")  # the whole of it
     for name, weight in load_file(paths.MODEL).items():
         np.testing.assert_array_equal(weight, resumed[name])
 
@@ -127,19 +131,18 @@ def test_a_full_gpu_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch
     assert "lower train.micro_batch" in result.output
 
 
-@pytest.mark.slow
 def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
     write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})
     run_all("prepare")
-    first = start("stages.train")
+    first = Command("stages.train")
     try:
         wait_for_checkpoint(3, first)
         result = run("train")
         assert result.exit_code == 2
         assert f"another process ({first.pid}) is training here" in result.output
     finally:
-        first.kill()
-        first.communicate()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
 
 
 def test_a_finished_training_is_not_trained_again(workspace: Path) -> None:

@@ -45,7 +45,7 @@ class Remote:
 def download(
     config: DataConfig,
     folder: Path = paths.CIFAR10,
-    downloads: Path = paths.DOWNLOADS,
+    downloads: Path | None = None,  # data/downloads of the repository
     *,
     layout: Layout = Layout(),  # noqa: B008
     remote: Remote = Remote(),
@@ -59,6 +59,7 @@ def download(
     Raises:
         UserError: `config.path` is set and cannot be used (one line), or every source failed (a table of reasons).
     """
+    downloads = downloads or paths.DOWNLOADS
     if Path(config.source) != paths.CIFAR10:
         _say(f"data.source = {config.source}: CIFAR-10 is not needed")
         folder.mkdir(parents=True, exist_ok=True)  # DVC expects the stage's output
