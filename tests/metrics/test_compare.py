@@ -15,9 +15,9 @@ from PIL import Image
 
 from diffusion import paths
 from diffusion.data import grids, image_sets
+from diffusion.data.download.inception_weights import sha256
 from diffusion.metrics import features, frechet_distance, selftest
 from diffusion.metrics.__main__ import main
-from diffusion.metrics.inception_weights import sha256
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from helpers.pictures import Colours, pictures
 
 from diffusion import paths
 from diffusion.config import Params
+from diffusion.data.download.inception_weights import sha256
 from diffusion.distributed import World
 from diffusion.errors import UserError
 from diffusion.metrics import extraction, extractors, features, frechet_distance
 from diffusion.metrics.extraction import moments_of
-from diffusion.metrics.inception_weights import sha256
 from diffusion.metrics.reference import Reference, make_reference
 from diffusion.metrics.scores import evaluate
 from diffusion.pipeline.reference import write_references

@@ -9,11 +9,11 @@ from typing import Any, get_args
 import click
 
 from diffusion.config import EvaluateConfig, Measure
+from diffusion.data.download.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.data.image_sets import NAMED, open_images
 from diffusion.errors import UserError
 from diffusion.metrics.extraction import features_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
-from diffusion.metrics.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.metrics.names import shown
 from diffusion.metrics.reference import make_reference
 from diffusion.metrics.scores import measured, versions

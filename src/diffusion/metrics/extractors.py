@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from diffusion.config import EvaluateConfig
+from diffusion.data.download.inception_weights import at_hand, put
 from diffusion.errors import UserError
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
-from diffusion.metrics.inception_weights import at_hand, put
 from diffusion.rules import INFINITY_ROWS
 
 AGAIN = "run `dvc repro -sf reference`"  # -s: without it, -f would force the download too

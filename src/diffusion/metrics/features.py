@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.code_digest import LIBRARY, file_digest
+from diffusion.data.download.inception_weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 from diffusion.errors import UserError
-from diffusion.metrics.inception_weights import INCEPTION_FILE, INCEPTION_SHA256, sha256
 from diffusion.rules import DIMS
 
 INCEPTION_SIZE = 299

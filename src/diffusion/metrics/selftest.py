@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from diffusion import paths
+from diffusion.data.download.inception_weights import INCEPTION_NAMES, sha256, torch_cache
+from diffusion.data.download.inception_weights import INCEPTION_SHA256 as PUBLISHED
 from diffusion.errors import UserError
 from diffusion.metrics.compare import compared
 from diffusion.metrics.features import INCEPTION_SIZE, Inception, resize_as_tensorflow1
 from diffusion.metrics.frechet import Moments, frechet_distance
-from diffusion.metrics.inception_weights import INCEPTION_NAMES, sha256, torch_cache
-from diffusion.metrics.inception_weights import INCEPTION_SHA256 as PUBLISHED
 
 GOLDEN: float | None = None  # fid10k_train of cifar10:test against cifar10:train; not measured yet
 FEATURES = 1e-4  # most that a feature may differ from torch-fidelity's

@@ -6,8 +6,14 @@ from importlib.metadata import version
 
 from diffusion import paths
 from diffusion.config import Params
+from diffusion.data.download.inception_weights import (
+    EXTRACTORS,
+    WeightsUnavailableError,
+    find_inception_weights,
+    put,
+    sha256,
+)
 from diffusion.errors import UserError
-from diffusion.metrics.inception_weights import EXTRACTORS, WeightsUnavailableError, find_inception_weights, put, sha256
 
 
 def write_card(params: Params) -> None:

@@ -16,9 +16,9 @@ from helpers.misbehaving import CONTENT, SHA256, Server, cut_after, fine, status
 from helpers.project import REPO
 
 from diffusion import paths
+from diffusion.data.download import inception_weights
+from diffusion.data.download.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.errors import UserError
-from diffusion.metrics import inception_weights
-from diffusion.metrics.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.pipeline.weights import write_card
 
 
