@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint tune tune-apply tune-report ui sync serve promote report bench bench-quality clean
+.PHONY: help setup run weights test test-slow test-all lint tune tune-apply tune-report ui sync serve promote report bench bench-quality clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -32,7 +32,10 @@ tune: setup  ## search learning rate and schedules with Optuna: make tune [STORA
 tune-apply: setup  ## write what the search found into params.yaml and show the difference
 	@$(BIN)/python -m diffusion tune-apply
 
-tune-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
+tune-weights: setup  ## look again for the weights of FID's network, and say what changed
+	@dvc repro --force --single-item weights
+
+report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
 	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion tune-report --port $(PORT)
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
@@ -46,6 +49,9 @@ serve: setup  ## answer HTTP requests with the champion: make serve [PORT=5001]
 
 promote: setup  ## list the registered models; make promote VERSION=n makes that one the champion
 	@$(BIN)/python -m diffusion promote $(VERSION)
+
+weights: setup  ## look again for the weights of FID's network, and say what changed
+	@dvc repro --force --single-item weights
 
 report: setup  ## draw the report page from what the pipeline made
 	@dvc repro report

@@ -7,7 +7,7 @@ from stages import stage
 def main(params: Params) -> None:
     """Look for the weights of FID's network, fetch them if they are wanted; write data/weights.json.
 
-    It runs every time: references and scores are made again if there are other weights than before.
+    `make weights` looks again: references and scores are made again if there are other weights than before.
     """
     write_card(params)
 

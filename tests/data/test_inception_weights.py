@@ -3,9 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.misbehaving import CONTENT, SHA256, Server, cut_after, fine, status
-from helpers.project import REPO
 
 from diffusion import paths
 from diffusion.data.download import inception_weights
 from diffusion.data.download.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.errors import UserError
+from diffusion.metrics import extractors
 from diffusion.pipeline.weights import write_card
 
 
@@ -169,7 +166,37 @@ def test_absent_is_an_error_only_if_they_are_required(
     assert line.startswith("no Inception weights: not at hand, and not to be fetched (mirror 1: Connection refused)")
 
 
-def test_asking_imports_no_torch(workspace: Path) -> None:
-    code = "import sys; import stages.weights; sys.exit(bool({'torch', 'requests'} & {*sys.modules}))"
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+def test_looking_again_says_what_changed(tiny, unreachable: None, capsys: pytest.CaptureFixture[str]) -> None:
+    params = tiny(**{"evaluate.inception": "local", "evaluate.inception_weights": None})
+    for _ in range(2):
+        write_card(params)
+    assert "weights: nothing has changed" in capsys.readouterr().err
+    write_card(tiny(**{"evaluate.inception_weights": str(mine(b"mine")), "evaluate.inception": "local"}))
+    digest = hashlib.sha256(b"mine").hexdigest()
+    assert f"weights: inception_sha256 was none, is {digest}: `dvc repro` runs" in capsys.readouterr().err
+
+
+def mine(content: bytes) -> Path:
+    Path("mine.pth").write_bytes(content)
+    return Path("mine.pth").absolute()
+
+
+def test_what_depends_on_the_answer_follows_it(
+    tiny, unreachable: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what lies there by now: DVC would not know of that."""
+    config = tiny(**{"evaluate.inception": "local"}).evaluate
+    with pytest.raises(UserError, match="run `dvc repro weights`"):
+        extractors.inception_weights(config)
+    write_card(tiny(**{"evaluate.inception": "local"}))
+    named = dataclasses.replace(config, inception_weights=str(mine(b"late")))
+    assert extractors.inception_weights(named) is None
+    assert "FID IS SKIPPED" in (said := capsys.readouterr().err)
+    assert "then `make weights` and `dvc repro`" in said
+    write_card(tiny(**{"evaluate.inception": "local", "evaluate.inception_weights": named.inception_weights}))
+    assert extractors.inception_weights(named) == mine(b"late")
+    with pytest.raises(UserError, match="Inception's weights are gone"):
+        extractors.inception_weights(config)
+    mine(b"another")
+    with pytest.raises(UserError, match=r"is not what data/weights\.json says: run `make weights`"):
+        extractors.inception_weights(named)

@@ -138,6 +138,7 @@ def test_equal_sets_have_no_distance(tiny, workspace: Path) -> None:
 def test_auto_without_weights_says_so_loudly_and_goes_on(
     tiny, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    answered(None)
     write_references(with_inception(tiny(), "auto"))
     lines = [line for line in capsys.readouterr().err.splitlines() if "FID IS SKIPPED" in line]
     assert len(lines) == 1
@@ -146,6 +147,7 @@ def test_auto_without_weights_says_so_loudly_and_goes_on(
 
 
 def test_require_without_weights_is_an_error(tiny, workspace: Path) -> None:
+    answered(None)
     with pytest.raises(UserError, match=r"evaluate\.inception is require"):
         write_references(with_inception(tiny(), "require"))
 
@@ -188,7 +190,13 @@ def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
     monkeypatch.setattr(extractors, "at_hand", lambda config: workspace / "mine.pth")
+    answered(workspace / "mine.pth")
     return workspace / "mine.pth"
+
+
+def answered(weights: Path | None) -> None:
+    """The weights stage has found these."""
+    paths.WEIGHTS_CARD.write_text(json.dumps({"inception_sha256": weights and sha256(weights)}))
 
 
 def test_fid_goes_through_the_stages_as_in_torchmetrics(
@@ -209,6 +217,9 @@ def test_fid_goes_through_the_stages_as_in_torchmetrics(
     assert [(a["samples"], a["weights"]) for a in result["about"] if a["metric"] == "fid20_train"] == [(20, "ema")]
 
     with_weights.write_text("other weights")
+    with pytest.raises(UserError, match="run `make weights`"):
+        evaluate(params, paths.SAMPLES_NPZ, {})
+    answered(with_weights)
     with pytest.raises(UserError, match="weights_sha256"):
         evaluate(params, paths.SAMPLES_NPZ, {})
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from diffusion import paths
 from diffusion.config import EvaluateConfig
-from diffusion.data.download.inception_weights import at_hand, put
+from diffusion.data.download.inception_weights import answer, at_hand, put, sha256
 from diffusion.errors import UserError
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.rules import INFINITY_ROWS
@@ -72,29 +73,32 @@ def for_samples(config: EvaluateConfig, count: int, folder: Path) -> list[Extrac
                 f"FID needs at least {Inception.dim} samples and there are {each}{parts}: raise sample.num_images, "
                 f"{OTHERWISE}"
             )
-        extractors.append(Inception(_weights_again(config), config.precision))
+        extractors.append(Inception(_weights_again(config, answer()), config.precision))
     return extractors
 
 
 def inception_weights(config: EvaluateConfig) -> Path | None:
-    """Inception's weights as `evaluate.inception` says; None, loudly, if there are none. The weights stage fetches.
+    """Inception's weights that the weights stage found; None, loudly, if it found none.
 
     Raises:
-        UserError: they are required and not there.
+        UserError: they are required and not there, or not what the stage found.
     """
     if config.inception == "off":
         return None
-    found = at_hand(config)
-    if found is None and config.inception == "require":
+    wanted = answer()
+    if wanted is not None:
+        return _weights_again(config, wanted)
+    if config.inception == "require":
         raise UserError(f"evaluate.inception is require and the weights are not at hand: {put()}")
-    if found is None:
-        click.secho(f"FID IS SKIPPED: no Inception weights; {put()}", fg="yellow", bold=True, err=True)
-    return found
+    click.secho(f"FID IS SKIPPED: no Inception weights; {put()}", fg="yellow", bold=True, err=True)
+    return None
 
 
-def _weights_again(config: EvaluateConfig) -> Path:
-    """The weights that the reference was made with."""
+def _weights_again(config: EvaluateConfig, wanted: str | None) -> Path:
+    """The weights whose digest data/weights.json has."""
     found = at_hand(config)
     if found is None:
-        raise UserError(f"the reference's Inception weights are gone: {put()}, or set evaluate.inception: off")
+        raise UserError(f"Inception's weights are gone: {put()}, or set evaluate.inception: off")
+    if sha256(found) != wanted:
+        raise UserError(f"{found} is not what {paths.WEIGHTS_CARD} says: run `make weights`, then `dvc repro`")
     return found

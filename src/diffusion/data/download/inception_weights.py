@@ -1,9 +1,7 @@
-"""The weights of FID's Inception: where they are looked for and fetched from, and which ones the pipeline has.
-
-No network library and no torch: `dvc repro` asks every time, also when nothing else has to run.
-"""
+"""The weights of FID's Inception: where they are looked for and fetched from, and which ones the pipeline has."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -78,7 +76,22 @@ def find_inception_weights(config: EvaluateConfig, folder: Path | None = None) -
 
 def put() -> str:
     """What to do where weights are missing."""
-    return f"put {INCEPTION_FILE} into {paths.WEIGHTS}, then `dvc repro`"
+    return f"put {INCEPTION_FILE} into {paths.WEIGHTS}, then `make weights` and `dvc repro`"
+
+
+def answer() -> str | None:
+    """The digest in data/weights.json: of the weights that the stage `weights` found when it looked last; None = none.
+
+    Raises:
+        UserError: it has not looked yet, or the file is damaged.
+    """
+    try:
+        found: str | None = json.loads(paths.WEIGHTS_CARD.read_text())["inception_sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{paths.WEIGHTS_CARD} is missing: run `dvc repro weights`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{paths.WEIGHTS_CARD} is damaged ({error}): run `make weights`") from None
+    return found
 
 
 def torch_cache() -> Path:
