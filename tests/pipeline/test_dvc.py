@@ -12,7 +12,7 @@ from diffusion.metrics.selftest import random_weights
 pytestmark = pytest.mark.slow
 
 
-ALL = {"prepare", "reference", "train", "sample", "evaluate", "report"}
+ALL = {"prepare", "weights", "reference", "train", "sample", "evaluate", "report"}
 
 
 @pytest.fixture(scope="module")
