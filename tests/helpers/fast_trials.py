@@ -1,7 +1,8 @@
 """An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
 
-As a command, `fast_trials.py '{"tune.trials": 4}'` is a sitting of a study in the working folder. While a file named
-`hold` lies there, trials wait after their first step; one of them finds a file named `outage`, and no store.
+As a command, `python -m helpers.fast_trials '{"tune.trials": 4}'` is a sitting of a study in the working folder. While
+a file named `hold` lies there, trials wait after their first step; one of them finds a file named `outage`, and no
+store.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import optuna
+from helpers.project import REPO
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
@@ -34,7 +36,7 @@ HOLD, OUTAGE = Path("hold"), Path("outage")
 
 
 def prepare(params: Params) -> Objective:
-    """As `tuning_trial.Trainings`."""
+    """As `tuning.trial.Trainings`."""
     return objective
 
 
@@ -103,7 +105,7 @@ def main(overrides: str) -> None:
     Exit status 130: it was stopped; 2: a UserError, which is one line.
     """
     params = params_file.load(
-        Path(__file__).parents[1] / "params.yaml",
+        REPO / "params.yaml",
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
     )
     try:

@@ -1,4 +1,4 @@
-"""Processes forked from one that has imported torch and the stages' code, which takes seconds, once a session."""
+"""Processes forked from one that has imported torch, MLflow and the stages' code, which takes seconds, once."""
 
 import multiprocessing
 import os
@@ -19,6 +19,10 @@ CONTEXT.set_forkserver_preload(
         *(f"diffusion.pipeline.{stage}" for stage in ("train", "sample", "reference", "evaluate")),
         "torch._dynamo",  # the optimiser imports it
         "torch.distributed.run",
+        "helpers.fast_trials",
+        "uvicorn",
+        "mlflow.server.fastapi_app",
+        "mlflow.server.handlers",
     ]
 )
 
@@ -38,6 +42,10 @@ class Command:
     def returncode(self) -> int | None:
         """None while it runs; -number if a signal ended it."""
         return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As subprocess.Popen."""
+        return self.returncode
 
     @property
     def said(self) -> str:
@@ -72,6 +80,7 @@ def _enter(said: Path, environment: dict[str, str], command: list[str]) -> None:
             os.dup2(target.fileno(), number)
     os.environ.clear()
     os.environ.update(environment)
+    os.setsid()  # as if a terminal had started it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background ignores it
     torch.set_num_threads(1)
     anchor(Path(environment["DVC_ROOT"]), pytest.MonkeyPatch())

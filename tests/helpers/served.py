@@ -29,7 +29,7 @@ def write_model(folder: Path, params: config.Params, seed: int = 0) -> Path:
 
 
 def described(weights: Path, params: config.Params, code: str = "c", **scores: float) -> dict[str, Any]:
-    """What judge hands to the registry; all scores are of equal conditions."""
+    """What `evaluate` hands to the registry; all scores are of equal conditions."""
     card = json.loads(weights.with_suffix(".json").read_text())
     found = [{"metric": name, "value": value, "of": "12 samples against 20"} for name, value in scores.items()]
     return registry.described("faces", weights, card, config.to_dict(params.sample), found, code)

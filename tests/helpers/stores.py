@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.preloaded import Command
 
 from diffusion.config import TrackingConfig
-from diffusion.tracking import runs
+from diffusion.serving.registry import register
+from diffusion.tracking import mlflow_store, runs
+from diffusion.tracking import sync as journals
 from diffusion.tracking.journal import Status, Tracker
 
 CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
@@ -54,7 +57,12 @@ def journal_points(journal: Path) -> list[tuple[str, int, int, float]]:
 
 
 def open_run(folder: Path, **kwargs: Any) -> Tracker:
-    return runs.open_run(CONFIG, name="lr1-test", run_folder=folder, **kwargs)
+    return runs.open_run(CONFIG, name="lr1-test", run_folder=folder, register=register, **kwargs)
+
+
+def sync(journal: Path, client: Any = None) -> str:
+    """As `make sync` does with each journal."""
+    return journals.sync(journal, client or mlflow_store.connect(), register)
 
 
 def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -83,19 +91,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(store: Path | str, artifacts: Path, port: int = 0) -> Iterator[tuple[str, Callable[..., None]]]:
-    """A real `mlflow server` on a SQLite file or a database's URI, in a process group of its own.
+def server(
+    store: Path | str, artifacts: Path, port: int = 0, *, command: bool = False
+) -> Iterator[tuple[str, Callable[..., None]]]:
+    """A real MLflow server on a SQLite file or a database's URI, in a process group of its own.
 
-    Yields its address, and a function that sends the group a signal: SIGKILL, unless it is given another.
+    It is what `mlflow server` starts; with `command` that command itself, which takes seconds. Yields its address, and
+    a function that sends the group a signal: SIGKILL, unless it is given another.
     """
     port = port or free_port()
     backend = f"sqlite:///{store}" if isinstance(store, Path) else store
-    options = {"backend-store-uri": backend, "artifacts-destination": artifacts.as_uri()}
-    options |= {"host": "127.0.0.1", "port": str(port), "workers": "1"}
-    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
-    log = (artifacts.parent / "server.log").open("wb")
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    process = (_command if command else _uvicorn)(backend, artifacts, str(port))
 
     def kill(number: int = signal.SIGKILL) -> None:
         if process.poll() is None:
@@ -104,7 +110,7 @@ def server(store: Path | str, artifacts: Path, port: int = 0) -> Iterator[tuple[
                 process.wait()
 
     def healthy() -> bool:
-        assert process.poll() is None, Path(log.name).read_text()
+        assert process.poll() is None, process
         try:
             return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read() == b"OK")
         except (urllib.error.URLError, ConnectionError, TimeoutError):
@@ -115,4 +121,25 @@ def server(store: Path | str, artifacts: Path, port: int = 0) -> Iterator[tuple[
         yield f"http://127.0.0.1:{port}", kill
     finally:
         kill()
-        log.close()
+
+
+def _command(backend: str, artifacts: Path, port: str) -> "subprocess.Popen[bytes]":
+    options = {"backend-store-uri": backend, "artifacts-destination": artifacts.as_uri(), "port": port, "workers": "1"}
+    command = [sys.executable, "-m", "mlflow", "server", *(f"--{key}={value}" for key, value in options.items())]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (artifacts.parent / "server.log").open("wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def _uvicorn(backend: str, artifacts: Path, port: str) -> Command:
+    """The process that `mlflow server` leaves the work to, with what it tells that one by the environment."""
+    settings = {
+        "FILE_STORE": backend,
+        "ARTIFACT_ROOT": "mlflow-artifacts:/",
+        "ARTIFACT_DESTINATION": artifacts.as_uri(),
+        "SERVE_ARTIFACTS": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(f"_MLFLOW_SERVER_{key}", value)
+        return Command("uvicorn", "--port", port, "mlflow.server.fastapi_app:app")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.served import described, params_of, write_model
-from helpers.stores import client_of, close_in_time, open_run, warnings
+from helpers.stores import client_of, close_in_time, open_run, sync, warnings
 
 from diffusion import config, params_file, paths
 from diffusion.code_digest import LIBRARY
@@ -22,7 +22,6 @@ from diffusion.sampling import generation
 from diffusion.serving import registry, server
 from diffusion.tracking import mlflow_store
 from diffusion.tracking.journal import NullTracker
-from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -208,7 +207,7 @@ class TestThroughTheJournal:
         tracker = open_run(tmp_path / "run")
         tracker.model(weights, {**described(weights, params), "library": str(library)})
         close_in_time(tracker)
-        (stored,) = (tmp_path / "ml artifacts").rglob("code/diffusion/unet.py")
+        (stored,) = (tmp_path / "ml artifacts").rglob("code/diffusion/model/unet.py")
         assert stored.read_text().startswith("# as it was")
 
     def test_an_absent_server_gets_the_model_later(

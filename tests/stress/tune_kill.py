@@ -1,6 +1,6 @@
 """Kill test of the search: three workers, twelve trials, a random SIGKILL every few seconds, at times of all at once.
 
-The real workers, store, recovery and tables; only what a trial computes is simulated (tests/fast_trials.py). Prints
+The real workers, store, recovery and tables; only what a trial computes is simulated (helpers/fast_trials.py). Prints
 figures; exit status 0 only if all that is promised holds. OPTUNA_STORAGE names another store than SQLite.
 
     python tests/stress/tune_kill.py
@@ -44,7 +44,7 @@ def main(trials: int, workers: int, every: float, seed: int) -> None:
 def run(folder: Path, trials: int, workers: int, every: float, chance: random.Random) -> dict:
     """One study, from the first sitting to the last; what was found."""
     overrides = json.dumps({"tune.trials": trials, "tune.workers": workers})
-    command = [sys.executable, str(REPO / "tests/fast_trials.py"), overrides]
+    command = [sys.executable, "-m", "helpers.fast_trials", overrides]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}/tests", "DVC_ROOT": str(folder)}
     environment["FAST_TRIAL_SECONDS"] = "0.8"
     kills: collections.Counter[str] = collections.Counter()

@@ -9,13 +9,14 @@ from click.testing import CliRunner, Result
 from helpers.commands import run_all, write_params
 
 from diffusion import params_file, paths
-from diffusion.tracking import lineage, provenance
+from diffusion.pipeline import commands
+from diffusion.tracking import provenance
 
 pytest.importorskip("mlflow")
 
 
 def explain(*arguments: str) -> Result:
-    return CliRunner().invoke(lineage.main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(commands.lineage, arguments, catch_exceptions=False)
 
 
 def rows(result: Result) -> dict[str, str]:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers.stores import client_of, close_in_time, open_run, warnings
+from helpers.stores import client_of, close_in_time, open_run, sync, warnings
 from PIL import Image
 
 from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer
 from diffusion.tracking.journal import Journal, read_journal
 from diffusion.tracking.mlflow_writer import RunWriter, SystemMetrics
-from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -101,7 +100,7 @@ def test_a_file_is_kept_as_it_was(database: Path, tmp_path: Path, monkeypatch: p
     curve.write_text("of another")
     (figures / "a.png").unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    sync(tmp_path / "run/journal.jsonl", mlflow_store.connect())
+    sync(tmp_path / "run/journal.jsonl")
     run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
     files = tmp_path / "ml artifacts" / run_id / "artifacts"
     assert (files / "curves/loss.csv").read_text() == "of this run"

@@ -18,6 +18,7 @@ from helpers.stores import (
     open_run,
     server,
     stored_points,
+    sync,
     wait_for,
 )
 
@@ -26,7 +27,6 @@ from diffusion.config import TrackingConfig
 from diffusion.pipeline import train
 from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer, retry_queue, runs
 from diffusion.tracking.journal import Tracker
-from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 pytestmark = pytest.mark.slow
@@ -130,9 +130,9 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
             tracker = runs.attach(TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal)
             tracker.close("FINISHED")
         else:
-            assert sync(journal, mlflow_store.connect()).startswith("sent")
+            assert sync(journal).startswith("sent")
         check(database, journal, served)
-        assert sync(journal, mlflow_store.connect()) == "up to date"
+        assert sync(journal) == "up to date"
 
 
 def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monke
     assert not (journal.parent / "mlflow_run_id").exists()
     with server(database, served) as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert sync(journal, mlflow_store.connect()).startswith("sent")
+        assert sync(journal).startswith("sent")
         check(database, journal, served)
 
 
@@ -192,7 +192,7 @@ class TestClose:
             tracker.metrics({"loss": 1.0}, 1)
             assert self.seconds(tracker) < 6
             send(signal.SIGCONT)
-            assert sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()) == "sent 3 events"
+            assert sync(tmp_path / "run/journal.jsonl") == "sent 3 events"
             assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
 
     def test_a_slow_server_with_a_backlog(
@@ -214,7 +214,7 @@ class TestClose:
                     tracker.metrics({"loss": 1.0}, step)
                     tracker.tags({f"tag {step}": "x"})
                 assert self.seconds(tracker) < 6
-            assert sync(journal, mlflow_store.connect()) == "sent 25 events"
+            assert sync(journal) == "sent 25 events"
         assert stored_points(database, tracker.run_id or "") == journal_points(journal)
 
     def test_the_embedded_store_is_waited_for(

@@ -19,13 +19,13 @@ from helpers.stores import (
     open_run,
     server,
     stored_points,
+    sync,
     wait_for,
 )
 
 from diffusion.tracking import mlflow_store, mlflow_tracker, retry_queue, runs
 from diffusion.tracking.journal import remembered
 from diffusion.tracking.mlflow_writer import RunWriter
-from diffusion.tracking.sync import sync
 
 pytest.importorskip("mlflow")
 
@@ -71,7 +71,7 @@ class TestReplay:
             close_in_time(open_run(tmp_path / "run", tags={"git.commit": commit, f"only.{commit}": "x"}))
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         if by == "sync":
-            assert sync(journal, mlflow_store.connect()) == "sent 2 events"
+            assert sync(journal) == "sent 2 events"
             run_id = remembered(journal)
         else:
             later = runs.attach(CONFIG, None, stage="sample", journal=journal)
@@ -123,7 +123,7 @@ class TestReplay:
             tracker.metrics({"loss": value}, int(value))
             close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        sync(journal, mlflow_store.connect())
+        sync(journal)
         run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
         assert stored_points(database, run_id) == journal_points(journal)
         client = client_of(database)
@@ -142,7 +142,7 @@ class TestReplay:
             tracker.metrics({"loss": math.cos(step)}, step)
         close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        assert sync(journal, mlflow_store.connect()) == "sent 51 events"
+        assert sync(journal) == "sent 51 events"
         run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
         assert stored_points(database, run_id) == journal_points(journal)
 
@@ -178,12 +178,12 @@ class TestReplay:
             client_of(database).delete_run(run_id)
         else:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
-        said = sync(journal, mlflow_store.connect())
+        said = sync(journal)
         assert said == f"not sent: this store has no run {run_id} (is MLFLOW_TRACKING_URI set?)"
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
         if deleted:
             client_of(database).restore_run(run_id)
-        assert sync(journal, mlflow_store.connect()) == "sent 21 events"
+        assert sync(journal) == "sent 21 events"
         assert stored_points(database, run_id) == journal_points(journal)
 
     def test_refused_events_are_not_counted_as_sent(
@@ -206,7 +206,7 @@ class TestReplay:
 
     def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
         tracker = open_run(tmp_path / "run")
-        assert sync(tmp_path / "run/journal.jsonl", mlflow_store.connect()).startswith("in use")
+        assert sync(tmp_path / "run/journal.jsonl").startswith("in use")
         close_in_time(tracker)
 
 

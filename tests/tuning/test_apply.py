@@ -1,4 +1,4 @@
-"""Best values into params.yaml; with a search before it also in test_tuning_report.py."""
+"""Best values into params.yaml; with a search before it also in test_search_report.py."""
 
 from collections.abc import Callable
 from pathlib import Path

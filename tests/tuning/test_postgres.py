@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from helpers.postgres import needs_postgres
 from helpers.postgres import server as postgres_server
-from helpers.stores import close_in_time, free_port, journal_points, open_run, server, wait_for
+from helpers.stores import close_in_time, free_port, journal_points, open_run, server, sync, wait_for
 
-from diffusion.tracking import mlflow_store, retry_queue
-from diffusion.tracking.sync import sync
+from diffusion.tracking import retry_queue
 
 pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, needs_postgres]
@@ -62,7 +61,7 @@ def test_a_server_that_is_killed_and_started_again_has_all_of_the_journal(
             close_in_time(tracker)
             assert stored_points(url, run_id)[:-1] == journal_points(journal)[:-1]
             assert stored_points(url, run_id)[-1][3] > 1e308  # what MLflow makes of infinity
-            assert sync(journal, mlflow_store.connect()) == "up to date"
+            assert sync(journal) == "up to date"
         assert rows(url, "SELECT status FROM runs WHERE run_uuid = %s", run_id) == [("FINISHED",)]
         assert rows(url, "SELECT value FROM params WHERE run_uuid = %s", run_id) == [("0.002",)]
         assert ("d1",) in rows(url, "SELECT value FROM tags WHERE run_uuid = %s AND key = 'data.digest'", run_id)

@@ -313,7 +313,7 @@ def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., 
 
 
 def test_the_library_imports_without_optuna() -> None:
-    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune, diffusion.tuning_dashboard"
+    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune, diffusion.tuning.dashboard"
     path = f"{REPO}/src:{REPO}"
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -41,7 +41,7 @@ class Sitting:
         self.log = folder / "log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, f"{REPO}/tests/fast_trials.py", json.dumps(overrides)],
+                [sys.executable, "-m", "helpers.fast_trials", json.dumps(overrides)],
                 cwd=folder,
                 env=environment,
                 stdout=log,
