@@ -15,7 +15,6 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from diffusion import config, params_file, paths
-from diffusion.report import figures
 from diffusion.tracking.journal import NullTracker, Tracker
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
@@ -113,7 +112,7 @@ def test_importances_are_shares_of_the_variance(
             dimension.suggest(trial)
         study.tell(trial, by_schedule[schedule] + by_rate[lr])
     drawn: dict[str, Figure] = {}
-    monkeypatch.setattr(figures, "save_pyplot", lambda figure, path: drawn.update({path.name: figure}))
+    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.update({path.name: figure}))
     report.draw_figures(shared)
     axes = drawn["importance.png"].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]

@@ -149,6 +149,7 @@ def _save(figure: Any, path: Path) -> None:
     """As large as what is in it: Optuna leaves labels and legends outside of the figure."""
     from matplotlib import pyplot
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(figure)
 
