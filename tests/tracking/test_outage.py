@@ -60,6 +60,7 @@ def at_step(step: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch)
 def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `act` happen after the first points that are written while the run is being closed."""
     monkeypatch.setattr(mlflow_tracker, "GATHER_SECONDS", 1000.0)  # all waits for the end
+    monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 60.0)  # until there was something to see
     monkeypatch.setattr(retry_queue, "POINTS_PER_BATCH", 100)
     real = mlflow_writer.RunWriter.send
 
@@ -67,6 +68,7 @@ def in_close(act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
         real(self, batch)
         if batch[0].kind == "metrics":
             act()
+            monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 1.0)
 
     monkeypatch.setattr(mlflow_writer.RunWriter, "send", send)
 
