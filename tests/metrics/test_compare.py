@@ -131,9 +131,9 @@ def test_fid_of_few_images_proposes_kid(place: Path) -> None:
     assert "kid4_real " in enough.stdout
 
 
-def test_the_selftest_passes_here_and_sees_a_wrong_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = list(selftest.checks(2))
-    assert [passed for _, passed in lines] == [True] * 6 + [None], lines  # nobody has measured the golden number
+def test_the_selftest_sees_a_wrong_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it passes here is test_features.py's: torch-fidelity's matrix root takes long."""
+    monkeypatch.setattr(selftest, "torch_fidelitys_fid", lambda a, b: float((a - b).square().sum()))
     monkeypatch.setattr(selftest, "resize_as_tensorflow1", lambda x, size: torch.zeros(len(x), 3, size, size))
     monkeypatch.setattr(features.Inception, "forward", lambda self, x: torch.randn(len(x), 2048))
     result = CliRunner().invoke(main, ["selftest", "--images", "2"])

@@ -8,9 +8,9 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from diffusion.errors import UserError
-from diffusion.metrics import Moments, features, frechet_distance
+from diffusion.metrics import Moments, features, frechet_distance, selftest
 from diffusion.metrics.features import EfficientNetLite0, Inception, resize_as_tensorflow1
-from diffusion.metrics.selftest import noisy, random_weights, torch_fidelitys_fid
+from diffusion.metrics.selftest import noisy, random_weights
 from diffusion.metrics.selftest import pictures as images
 
 
@@ -36,26 +36,20 @@ def test_inception_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
 
 @pytest.mark.slow
 def test_fid_is_torch_fidelitys_and_torchmetrics(weights: Path) -> None:
-    """32 pictures against themselves with noise, from the pixels on: resize, features and distance."""
+    """Pictures against themselves with noise, from the pixels on: resize, features and distance."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    ours, theirs = (
-        Inception(weights),
-        fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)),
-    )
+    lines = list(selftest.checks(8))  # those against torch-fidelity
+    assert [passed for _, passed in lines] == [True] * 6 + [None], lines  # nobody has measured the golden number
+    ours = Inception(weights)
     metric = FrechetInceptionDistance(antialias=False, feature_extractor_weights_path=str(weights))
-    moments, rows = [], []
-    for real, batch in ((True, images(32)), (False, noisy(images(32)))):
-        found = ours(batch)
-        with torch.no_grad():
-            rows.append(theirs(batch)[0])
-        torch.testing.assert_close(found, rows[-1], rtol=1e-4, atol=1e-4)
+    moments = []
+    for real, batch in ((True, images(8)), (False, noisy(images(8)))):
         moments.append(Moments(2048))
-        moments[-1].update(found)
+        moments[-1].update(ours(batch))
         metric.update(batch, real=real)
     distance = frechet_distance(moments[0].mean, moments[0].cov, moments[1].mean, moments[1].cov)
     assert distance > 0.01
-    assert distance == pytest.approx(torch_fidelitys_fid(*rows), rel=1e-3)
     assert distance == pytest.approx(float(metric.compute()), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Each objective end to end: what minimises its loss is what samplers expect, and a trained network draws its images."""
+"""Each objective end to end: the least loss is what samplers expect, a trained network draws its images."""
 
 from pathlib import Path
 from typing import Any
