@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONPATH := $(CURDIR)/src
 export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
@@ -20,7 +21,13 @@ run: setup  ## the whole pipeline: download, prepare, train, sample, evaluate, r
 	@dvc metrics show
 	@echo "Pictures and scores: report/index.html   Runs: make ui"
 
-test: setup  ## the test suite
+test: setup  ## the quick tests, which cover everything once (minutes)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup  ## the rest: more kills, more servers, longer trainings
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: setup  ## both
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup  ## style and types

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from diffusion import paths
+from diffusion.code_digest import LIBRARY
 from diffusion.config import Params
 from diffusion.errors import UserError, outside
 from diffusion.params_file import allowed, load, read_value, schema
@@ -25,6 +26,7 @@ def stage(work: Callable[[Params], None]) -> click.Command:
     def command(params: Path, **given: Any) -> None:
         signal.signal(signal.SIGTERM, _interrupt)
         try:
+            _check_library()
             overrides = {KEYS[name]: read_value(KEYS[name], text) for name, text in given.items() if text is not None}
             work(load(params, overrides))
         except UserError as error:
@@ -52,6 +54,13 @@ def arguments() -> list[str]:
     """The running command's own arguments, for the processes that share its work."""
     given = {KEYS.get(name, name): value for name, value in click.get_current_context().params.items()}
     return [text for key, value in given.items() if value is not None for text in (f"--{key}", str(value))]
+
+
+def _check_library() -> None:
+    """Refuse the library of another clone, whose environment this one shares."""
+    ours = Path(__file__).resolve().parents[1] / "src/diffusion"
+    if LIBRARY.resolve() != ours:
+        raise UserError(f"this is a stage of {ours.parents[1]} and the library of {LIBRARY}: set PYTHONPATH=src")
 
 
 def _interrupt(number: int, frame: object) -> None:

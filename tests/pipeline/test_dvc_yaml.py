@@ -84,7 +84,7 @@ def sections_read(files: set[Path]) -> set[str]:
 def test_the_stages_are_the_published_ones() -> None:
     assert list(STAGES) == ["download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report"]
     for name, stage in STAGES.items():
-        assert stage["cmd"] == f"python -m stages.{name}"
+        assert stage["cmd"] == f"PYTHONPATH=src python -m stages.{name}"
         assert len((REPO / f"stages/{name}.py").read_text().splitlines()) <= 40
 
 
