@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
+from diffusion.code_digest import LIBRARY, import_closure
 from diffusion.errors import UserError
 from diffusion.metrics import Moments, features, frechet_distance, selftest
 from diffusion.metrics.features import EfficientNetLite0, Inception, resize_as_tensorflow1
@@ -164,3 +165,18 @@ def test_extractors_keep_the_contract(weights: Path) -> None:
         assert (found.shape, found.dtype) == ((2, extractor.dim), torch.float32)
         assert {"extractor", "implementation", "resize", "weights_sha256"} <= set(extractor.describe())
         torch.testing.assert_close(extractor(images(2)[1:]), found[1:], rtol=1e-3, atol=1e-4)  # image by image
+
+
+def test_only_code_between_an_image_and_its_features_makes_scores_incomparable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of PNG grids: a reworked picture would stop promotion for ever."""
+    asked: list[Path] = []
+    monkeypatch.setattr(features, "file_digest", lambda path: asked.append(path) or "digest")
+    features.feature_code.__wrapped__()
+    assert {path.relative_to(LIBRARY).as_posix() for path in asked} == {
+        "metrics/features.py",
+        "metrics/extraction.py",
+        "data/pixels.py",
+    }
+    imported = import_closure(LIBRARY / "metrics/extraction.py")
+    assert {*asked} <= imported
+    assert LIBRARY / "data/grids.py" not in imported
