@@ -57,7 +57,7 @@ def test_distances_and_closest_pairs_are_shown_if_there_are_any(outputs: Path, t
     copies = {"metric": "copies_lite0_12", "measure": "copies", "threshold": 3.25, "pairs": [[3, 7, 1.5], [0, 0, 2.5]]}
     scores |= {"copies_lite0_12": 0.25, "about": [*scores["about"], copies]}
     paths.EVALUATE_METRICS.write_text(json.dumps(scores))
-    report(tiny())
+    report(tiny(**{"tracking.enabled": False}))
     page = (paths.REPORT / "index.html").read_text()
     for text in ("fd_lite0 during training", "copies_lite0_12 (below 3.25)", "<dt>copies_lite0_12</dt><dd>0.25</dd>"):
         assert text in page, text

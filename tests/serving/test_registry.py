@@ -61,6 +61,23 @@ class TestAliases:
         assert [add(2, fd_lite0=310.0), holder(client, "champion"), holder(client, "candidate")] == ["2", "1", "2"]
         assert [add(3, fd_lite0=299.9), holder(client, "champion"), holder(client, "candidate")] == ["3", "3", "3"]
 
+    def test_version_10_is_newer_than_version_9(
+        self, client: Any, add: Register, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """A server sends the numbers as texts, a database of our own does not."""
+        from mlflow.entities.model_registry import ModelVersion
+
+        monkeypatch.setattr(ModelVersion, "version", property(lambda self: str(self._version)))
+        client.create_registered_model("faces")
+        for _ in range(8):
+            client.create_model_version("faces", tmp_path.as_uri())
+        assert [add(1, fd_lite0=300.0), holder(client, "candidate")] == ["9", "9"]
+        assert [add(2, fd_lite0=310.0), holder(client, "candidate")] == ["10", "10"]
+        assert [add(1, fd_lite0=300.0), holder(client, "candidate")] == ["9", "10"]  # sent again
+        params_file.write_yaml(params_of(**{"tracking.experiment": "faces"}), paths.PARAMS)
+        listed = CliRunner().invoke(registry.main).output.splitlines()
+        assert [line.split()[0] for line in listed] == [str(number) for number in range(1, 11)]
+
     def test_scores_of_other_conditions_move_nothing(
         self, client: Any, add: Register, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import math
+import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.stores import warnings
 
 from diffusion.config import TrackingConfig
 from diffusion.tracking import provenance, runs
-from diffusion.tracking.journal import Journal, NullTracker, Tracker, read_journal
+from diffusion.tracking.journal import MEMORY, Journal, NullTracker, Tracker, mark_sent, read_journal, remember
 
 pytest.importorskip("mlflow")
 
@@ -78,12 +80,57 @@ class TestJournal:
         assert [e.kind for e in read_journal(tmp_path / "run/journal.jsonl")] == ["open", "metrics", "close"]
         assert database.read_bytes() == before
 
-    def test_null_tracker_takes_everything(self) -> None:
-        tracker: Tracker = NullTracker()
-        tracker.params({"a": 1})
-        tracker.metrics({"b": 2.0}, 3)
-        tracker.close("FINISHED")
+    def test_the_null_tracker_takes_every_call_and_leaves_nothing(self) -> None:
+        """In a process of a rank other than 0, which would write beside the one that keeps the record."""
+        picture = Path("picture.png")
+        picture.write_bytes(b"png")
+        calls: dict[str, tuple[Any, ...]] = {
+            "params": ({"a": 1},),
+            "metrics": ({"b": 2.0}, 3),
+            "tags": ({"c": "x"},),
+            "artifact": (picture, "pictures"),
+            "image": (picture, "key", 3),
+            "dataset": ("cifar10", "0" * 64, "data"),
+            "keep": (picture, "pictures"),
+            "model": (picture, {"name": "m"}),
+            "close": ("FINISHED",),
+        }
+        assert set(calls) == {name for name in vars(Tracker) if name[0] != "_"} - {"run_id"}
+        tracker = NullTracker()
+        for name, arguments in calls.items():
+            assert getattr(tracker, name)(*arguments) in (None, picture), name
         assert tracker.run_id is None
+        assert [*Path().rglob("*")] == [picture]
+
+    def test_what_lies_beside_the_journal_is_replaced_by_what_has_reached_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A reader, and whoever comes after a power cut, finds the old file or the new one, never a part."""
+        synced: dict[int, int] = {}  # bytes by inode
+        real = os.fsync
+
+        def fsync(fd: int) -> None:
+            synced[os.fstat(fd).st_ino] = os.fstat(fd).st_size
+            real(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        path, file, folder = tmp_path / "run/journal.jsonl", tmp_path / "file", tmp_path / "folder"
+        folder.mkdir()
+        journal, inodes = Journal(path), []
+        for text in ("1", "22"):
+            synced.clear()
+            for changed in (file, folder / "inner"):
+                changed.write_text(text)
+            remember(path, text)
+            mark_sent(path, int(text))
+            beside = [journal.keep(file, "a"), journal.keep(folder, "b") / "inner"]
+            beside += [path.with_name(MEMORY), path.with_suffix(".sent")]
+            for found in beside:
+                assert found.read_text().strip() == text
+                assert synced.get(found.stat().st_ino) == found.stat().st_size, f"{found.name} is not on the disk"
+            inodes.append([found.stat().st_ino for found in beside])
+        for found, before, after in zip(beside, *inodes, strict=True):
+            assert before != after, f"{found.name} was written in place"
 
 
 class TestGit:

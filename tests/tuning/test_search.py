@@ -220,6 +220,9 @@ def test_an_error_that_is_no_fault_of_the_values_ends_the_search(
     with pytest.raises(ZeroDivisionError):
         search.search("0" * 16, params, storage_url(params.tune), broken)
     assert (states(), table()[0]["reason"]) == (["FAIL"], "ZeroDivisionError: division by zero")
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)  # it was put right
+    assert states() == ["FAIL"] + ["COMPLETE"] * 3
+    assert [row["retry_of"] for row in table()] == [""] * 4, "a trial that failed for good was tried again"
 
 
 def broken(params: config.Params) -> Callable[[Attempt], float]:

@@ -203,12 +203,14 @@ def test_a_worker_that_was_taken_for_dead_does_not_spoil_what_came_after(
 
 
 def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """A trial that failed for good is replaced by another, not tried again."""
     params = tiny(**TUNE)
     views = [SharedStudy(name_of(params), params, storage_url(params.tune)) for _ in range(2)]
     claimed = [views[i % 2].claim() for i in range(4)]
     assert [trial and trial.number for trial in claimed] == [0, 1, 2, None]
     views[0].tell(claimed[0], "FAIL", final=True, reason="bad")
     assert [views[1].claim().number, views[0].claim()] == [3, None]
+    assert "retry_history" not in views[0].trials()[3].system_attrs
 
 
 @pytest.mark.parametrize("drawn", [True, False], ids=["killed at work", "killed before its values were drawn"])

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -97,7 +98,6 @@ class NullTracker:
         self._emit("model", {**about, "path": str(self.keep(weights, "model"))})
 
     def keep(self, path: Path, folder: str) -> Path:
-        """Where the file will still be when an outage ends."""
         return path
 
     def is_new(self, key: str, step: int) -> bool:
@@ -168,14 +168,9 @@ class Journal(NullTracker):
         if self._closed or not path.exists() or path.absolute().is_relative_to(home.absolute()):
             return path
         kept = home / "artifacts" / folder / path.name
-        new = kept.with_name(f".{kept.name}.new")
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.copytree(path, kept, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, new)
-                new.replace(kept)
+            shutil.copytree(path, kept, dirs_exist_ok=True, copy_function=_copy) if path.is_dir() else _copy(path, kept)
         except OSError as error:
             warn(f"{path} cannot be kept for a later upload ({error.strerror})")
             return path
@@ -192,10 +187,9 @@ class Journal(NullTracker):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
-                os.fsync(fd)
+                _sync(fd)
             except OSError as error:
-                if error.errno not in UNABLE:
-                    warn(f"{self._path} may lack its end on the disk ({error.strerror})")
+                warn(f"{self._path} may lack its end on the disk ({error.strerror})")
             os.close(fd)
 
 
@@ -229,12 +223,12 @@ def unsent(path: Path) -> list[Sitting]:
 
 def mark_sent(path: Path, seq: int) -> None:
     """Note that MLflow has all events of a journal up to number `seq`."""
-    new = path.with_suffix(".sent.new")
+    mark = path.with_suffix(".sent")
     try:
-        new.write_text(f"{seq}\n")
-        new.replace(path.with_suffix(".sent"))
+        with _replaced(mark) as new:
+            new.write_text(f"{seq}\n")
     except OSError as error:
-        warn(f"{new} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
+        warn(f"{mark} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
 
 
 def remembered(path: Path) -> str | None:
@@ -247,9 +241,33 @@ def remember(path: Path, run_id: str) -> None:
     """Keep the id of a journal's run beside it."""
     memory = path.with_name(MEMORY)
     try:
-        memory.write_text(run_id + "\n")
+        with _replaced(memory) as new:
+            new.write_text(run_id + "\n")
     except OSError as error:
         warn(f"{memory} cannot be written ({error.strerror}): if this is resumed, it opens another MLflow run")
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Where to write what is to be at `path`: it gets there whole, after it has reached the disk."""
+    new = path.with_name(f".{path.name}.new")
+    yield new
+    with new.open("rb") as file:
+        _sync(file.fileno())
+    new.replace(path)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    with _replaced(Path(target)) as new:
+        shutil.copyfile(source, new)
+
+
+def _sync(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
 
 
 def read_journal(path: Path) -> list[Event]:
