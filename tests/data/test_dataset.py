@@ -82,8 +82,9 @@ def test_an_epoch_shows_every_image_once_whatever_the_batch_size() -> None:
         batches = dataset.Batches(images, batch_size, seed=3, flip=False, device=CPU)
         steps = -(-90 // batch_size)
         order = torch.cat([batches.indices(step) for step in range(steps)])[:90]
-        for epoch in order.split(30):
-            assert sorted(epoch.tolist()) == list(range(30))
+        epochs = [epoch.tolist() for epoch in order.split(30)]
+        assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 3, "each in an order of its own"
         np.testing.assert_array_equal(
             order, torch.cat([dataset.Batches(images, 10, 3, flip=False, device=CPU).indices(s) for s in range(9)])
         )
@@ -119,6 +120,8 @@ def test_shares_of_a_batch_are_parts_of_the_whole() -> None:
     parts = [dataset.Batches(images, 7, seed=3, flip=True, device=CPU, share=s) for s in (range(3), range(3, 7))]
     for step in range(10):
         assert torch.cat([part(step) for part in parts]).equal(whole(step))
+        assert torch.cat([part.labels(step) for part in parts]).equal(whole.labels(step))
+        assert whole.labels(step).equal(whole.indices(step)), "image i of `numbered` has the label i"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,5 +1,6 @@
 """Models from and to diffusers, held against its own UNet2DModel and schedulers."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -182,6 +183,26 @@ def test_a_network_of_another_kind_is_one_line(change: dict[str, Any], words: st
     with pytest.raises(UserError, match=words) as caught:
         diffusers_format.read_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_config_leaves_out_is_diffusers_own_default() -> None:
+    """As UNet2DModel itself would fill it in, although that is not what this U-Net is."""
+    signature = inspect.signature(diffusers.UNet2DModel.__init__).parameters
+    theirs = {name: signature[name].default for name in diffusers_format.DEFAULTS}
+    assert theirs == diffusers_format.DEFAULTS
+    assert set(diffusers_format.UNET_FIXED) <= set(theirs)
+
+
+@pytest.mark.parametrize("key", ["flip_sin_to_cos", "freq_shift", "norm_eps"])
+def test_a_config_without_a_key_whose_default_is_another_network_is_refused(key: str, tmp_path: Path) -> None:
+    trained = small()
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
+    file = tmp_path / "unet/config.json"
+    content = json.loads(file.read_text())
+    del content[key]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"{key} = .*; only"):
+        diffusers_format.read_pipeline(tmp_path)
 
 
 def test_a_pair_of_equal_sizes_is_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from helpers.states import same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.config import Params, trained
-from diffusion.data.dataset import Dataset
+from diffusion.data.dataset import Batches, Dataset
 from diffusion.errors import UserError
 from diffusion.runtime import compiled
 from diffusion.training import augment, checkpoint, loop
@@ -249,6 +249,52 @@ def test_losses_read_late_change_nothing_but_the_time_of_a_rollback(
     assert exact.progress.rollbacks == (1 if len(bad) > 10 else 0)
     for a, b in zip(exact.ema.net.parameters(), late.ema.net.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+EVERYTHING_RANDOM = {
+    "model.num_classes": 10,
+    "model.augment": 0.5,
+    "model.dropout": 0.2,
+    "train.batch_size": 16,
+    "train.label_dropout": 0.5,
+    "train.optimizer": "adamw",
+}
+
+
+def test_after_a_rollback_all_noise_is_other_noise(
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same images at the same step, but t, noise, dropped labels, augmentation and dropout are drawn anew."""
+    trainer = Trainer(trained(tiny(**EVERYTHING_RANDOM)), tiny_data, tmp_path, CPU)
+    seen: list[list[torch.Tensor]] = []
+    training_loss = Loss.training
+
+    def noting(
+        self: Loss, net: Any, x0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, **given: torch.Tensor
+    ) -> Any:
+        seen.append([t, eps, given["labels"], given["augment"], torch.get_rng_state()])
+        return training_loss(self, net, x0, t, eps, **given)
+
+    monkeypatch.setattr(Loss, "training", noting)
+    for rollbacks in (0, 1, 2, 1):
+        trainer.progress.rollbacks = rollbacks
+        trainer._gradients()
+    never, once, twice, again = seen
+    assert same(once, again)
+    for a, b in ((never, once), (once, twice)):
+        assert not any(x.equal(y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_rank_is_told_its_share_of_what_the_batch_is_told(tiny, tiny_data, tmp_path: Path) -> None:
+    trainer = Trainer(trained(tiny(**EVERYTHING_RANDOM)), tiny_data, tmp_path, CPU)
+    whole, parts = trainer._given(""), []
+    for share in (range(5), range(5, 16)):
+        trainer.share = share
+        trainer.batches = Batches(tiny_data, 16, trainer.config.seed, flip=False, device=CPU, share=share)
+        parts.append(trainer._given(""))
+    assert len(whole["labels"].unique()) > 2
+    for name, expected in whole.items():
+        assert torch.cat([part[name] for part in parts]).equal(expected)
 
 
 class Reads(TorchDispatchMode):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffusion.model.process import q_sample
 from diffusion.model.schedules import make_schedule
 from diffusion.runtime import generator
 from diffusion.training.loss import TIMESTEPS, Loss, min_snr_weight, own_weight
@@ -103,6 +104,13 @@ def test_lognormal_timesteps_have_edms_sigmas(name: str) -> None:
     assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.03)
 
 
+def test_lognormal_timesteps_are_the_nearest() -> None:
+    schedule = make_schedule("edm", 7)
+    drawn = -1.2 + 1.2 * torch.randn(500, generator=generator(0, "t"))
+    distances = (drawn[:, None].double() + schedule.log_ratio()).abs()  # log sigma = -lambda
+    assert TIMESTEPS["lognormal"](schedule, 500, generator(0, "t")).equal(distances.argmin(dim=1))
+
+
 def test_training_draws_from_its_source_alone() -> None:
     x0 = torch.randn(16, 3, 8, 8)
     recorder = Recorder()
@@ -135,13 +143,29 @@ def test_validation_is_one_fixed_grid_for_any_batch_size() -> None:
     assert loss.validation(recorder, x0, seed=1, batch_size=30) not in values
 
 
-def test_bf16_is_the_networks_alone() -> None:
-    x0 = torch.randn(8, 3, 8, 8)
+def test_a_validation_image_is_at_the_middle_of_its_part_of_the_schedule() -> None:
     recorder = Recorder()
-    loss = Loss(make_schedule("cosine", 100), "eps", "simple", torch.bfloat16)
-    value = training(loss, recorder, x0, generator(0, "train"))
-    assert recorder.x[0].dtype == torch.float32
-    assert value.dtype == torch.float32
+    make_loss(steps=10).validation(recorder, torch.zeros(4, 1, 2, 2), seed=0, batch_size=4)
+    assert sorted(recorder.t[0].tolist()) == [1, 3, 6, 8]  # 1.25, 3.75, 6.25, 8.75
+
+
+def test_bf16_is_the_networks_alone() -> None:
+    """Autocast reaches a convolution and nothing else: x_t, target and loss are computed in float32."""
+    x0, (recorder, conv) = torch.randn(8, 3, 8, 8), (Recorder(), nn.Conv2d(3, 3, 1))
+    outputs: list[Tensor] = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        outputs.append(conv(recorder(x, t)))
+        return outputs[-1]
+
+    schedule = make_schedule("cosine", 100)
+    loss = Loss(schedule, "eps", "simple", torch.bfloat16)
+    t, eps = loss.draw(x0, len(x0), generator(0, "train"))
+    value = loss.training(net, x0, t, eps).detach()  # type: ignore[arg-type]
+    assert outputs[0].dtype == torch.bfloat16
+    assert recorder.x[0].equal(q_sample(schedule, x0, t, eps))
+    assert float(value) == pytest.approx(float((outputs[0].detach().float() - eps).square().mean()), rel=1e-6)
+    assert (value.dtype, conv.weight.dtype) == (torch.float32, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["uniform", "stratified"])
