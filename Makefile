@@ -39,10 +39,7 @@ tune: setup  ## search learning rate and schedules with Optuna: make tune [STORA
 tune-apply: setup  ## write what the search found into params.yaml and show the difference
 	@$(BIN)/python -m diffusion tune-apply
 
-tune-weights: setup  ## look again for the weights of FID's network, and say what changed
-	@dvc repro --force --single-item weights
-
-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
+tune-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
 	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion tune-report --port $(PORT)
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]

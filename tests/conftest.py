@@ -12,8 +12,11 @@ import torch
 from filelock import FileLock
 from helpers import isolation
 from helpers.cifar10_world import world as world  # a fixture
+from helpers.commands import run_all, write_params
+from helpers.dvc_project import project as project  # a fixture
+from helpers.dvc_project import reproduced as reproduced  # a fixture
 from helpers.misbehaving import serve as serve  # a fixture
-from helpers.project import REPO, TINY
+from helpers.project import REPO, TINY, write_images
 from helpers.studies import place as place  # a fixture
 
 from diffusion import config, params_file, paths
@@ -85,25 +88,58 @@ def tiny_data() -> Dataset:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """An empty project folder with downloaded images: 60 for training, 30 for testing."""
-    rng = np.random.default_rng(0)
-    paths.CIFAR10.mkdir(parents=True)
-    for path, count in ((paths.CIFAR10_TRAIN, 60), (paths.CIFAR10_TEST, 30)):
-        coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
-        np.savez(path, images=coarse.repeat(8, 1).repeat(8, 2), labels=np.arange(count, dtype=np.uint8) % 10)
+    write_images(paths.CIFAR10)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creating the tables takes seconds, copying them does not: once a session, for all of its worker processes."""
-    workers = "PYTEST_XDIST_WORKER" in os.environ
-    path = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.mktemp("mlflow")) / "empty.db"
-    from mlflow import MlflowClient
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)` is a folder that `make(folder)` filled, once a session for all of its worker processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = base / name, base / f"{name}.done"
+        with FileLock(base / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed half way
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished_once(once: Callable[..., Path]) -> Path:
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            isolation.enter(folder, patch)
+            write_images(paths.CIFAR10)
+            write_params()
+            run_all()
+
+    return once("finished", make)
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path) -> Path:
+    """A project folder in which every stage has run: params.yaml, shrunk, without MLflow."""
+    shutil.copytree(finished_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_database(once: Callable[..., Path]) -> Path:
+    """Creating the tables takes seconds, copying them does not."""
+
+    def make(folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+
+    return once("empty database", make) / "mlflow.db"
 
 
 @pytest.fixture

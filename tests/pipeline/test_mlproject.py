@@ -204,12 +204,11 @@ def mlflow_run(folder: Path, *arguments: str, env_manager: str = "local") -> str
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    made = Project(tmp_path_factory.mktemp("mlproject") / "project")
-    made.set(tracking__enabled=True)
-    made.git("commit", "-qam", "tracked")
-    return made
+@pytest.fixture
+def tracked(project: Project) -> Project:
+    project.set(**{"tracking.enabled": True})
+    project.commit()
+    return project
 
 
 def runs_of(project: Project, experiment: str = EXPERIMENT) -> list[Any]:
@@ -223,43 +222,48 @@ def card_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("mlproject")
-def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(project: Project) -> None:
+@pytest.mark.xdist_group("dvc")
+def test_a_pipeline_is_one_run_and_parameters_leave_nothing_behind(tracked: Project) -> None:
     """One test, because each step starts from the state that the one before left."""
-    before = sorted(path for path in project.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns")))
-    text = (project.folder / "params.yaml").read_text()
+    before = sorted(path for path in tracked.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns")))
+    text = (tracked.folder / "params.yaml").read_text()
     in_experiment = ("--experiment-name", EXPERIMENT)
-    said = mlflow_run(project.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1.234e-3")
+    said = mlflow_run(tracked.folder, *in_experiment, "-P", "train.steps=5", "-P", "train.lr=1.234e-3")
     assert "train.steps = 5, train.lr = 0.001234" in said
-    (run,) = runs_of(project)
+    (run,) = runs_of(tracked)
     default = params_file.load(REPO / "params.yaml")
     words = f"{default.train.lr_schedule}-{default.diffusion.schedule}-{default.diffusion.prediction}"
     assert (run.info.status, run.info.run_name) == ("FINISHED", f"lr1.23e-3-{words}")
     assert (run.data.params["train.steps"], run.data.params["train.batch_size"]) == ("5", "4")
     assert run.data.metrics.keys() >= {"final/val_loss", "evaluate/fd_lite0_12"}
-    assert (project.folder / "params.yaml").read_text() == text
-    made = {path for path in project.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns"))} - {*before}
+    assert (tracked.folder / "params.yaml").read_text() == text
+    made = {path for path in tracked.folder.iterdir() if not path.name.startswith(("mlflow", "mlruns"))} - {*before}
     assert {path.name for path in made} <= {"runs", "mlartifacts"}
 
     experiment = re.search(r"Ran experiment\(s\): (\S+)", said)
     assert experiment
-    project.dvc("exp", "apply", experiment[1])
-    assert card_of(project.folder)["run_id"] == run.info.run_id
-    assert ran(mlflow_run(project.folder, *in_experiment)) == {"weights"}  # nothing is left to do
-    assert runs_of(project)[0].data.tags["pipeline.run_id"] == run.info.run_id
+    table = tracked.dvc("exp", "show", "--csv")
+    assert experiment[1] in table
+    assert "0.001234" in table
+    tracked.dvc("exp", "apply", experiment[1])
+    assert card_of(tracked.folder)["run_id"] == run.info.run_id
+    assert ran(mlflow_run(tracked.folder, *in_experiment)) == set()  # nothing is left to do
+    assert runs_of(tracked)[0].data.tags["pipeline.run_id"] == run.info.run_id
 
-    text = (project.folder / "params.yaml").read_text()
-    (project.folder / "params/other.yaml").write_text(text.replace("batch_size: 4\n", "batch_size: 3\n", 1))
-    mlflow_run(project.folder, "-e", "train", "-P", "params=params/other.yaml", "-P", "train.steps=6")
-    card = card_of(project.folder)
+    text = (tracked.folder / "params.yaml").read_text()
+    (tracked.folder / "params/other.yaml").write_text(text.replace("batch_size: 4\n", "batch_size: 3\n", 1))
+    mlflow_run(tracked.folder, "-e", "train", "-P", "params=params/other.yaml", "-P", "train.steps=6")
+    card = card_of(tracked.folder)
     assert (card["config"]["train"]["steps"], card["config"]["train"]["batch_size"]) == (6, 3)
-    assert runs_of(project, "Default")[0].info.run_id == card["run_id"]
+    assert runs_of(tracked, "Default")[0].info.run_id == card["run_id"]
 
 
 @pytest.mark.network
+@pytest.mark.xdist_group("dvc")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
-def test_a_fresh_environment(project: Project) -> None:
-    mlflow_run(project.folder, "-e", "prepare", env_manager="uv")
-    mlflow_run(project.folder, "-e", "train", env_manager="uv")
-    assert card_of(project.folder)["config"]["train"]["steps"] == 4
+def test_a_fresh_environment(tracked: Project) -> None:
+    shutil.rmtree(tracked.folder / "models")
+    mlflow_run(tracked.folder, "-e", "prepare", env_manager="uv")
+    mlflow_run(tracked.folder, "-e", "train", env_manager="uv")
+    assert card_of(tracked.folder)["config"]["train"]["steps"] == 4

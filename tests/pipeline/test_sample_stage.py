@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,10 @@ OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_image
 
 
 @pytest.fixture
-def trained(workspace: Path) -> Path:
+def trained(finished: Path) -> Path:
     write_params(**OVERRIDES)
-    run_all("prepare", "train")
-    return workspace
+    shutil.rmtree(paths.SAMPLES)  # as DVC does
+    return finished
 
 
 def samples() -> np.ndarray:
@@ -210,14 +211,27 @@ def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_numb
 
 @pytest.mark.slow
 def test_torchruns_workers_draw_the_same_images(trained: Path) -> None:
+    """The stage as users start it."""
     run_all("sample")
     alone = samples()
     write_params(**OVERRIDES | {"sample.processes": 2})
     process = Command("stages.sample")
     said = process.wait()
     assert process.returncode == 0, said
+    assert "1 of 2 processes" in said
     np.testing.assert_array_equal(samples(), alone)
     png_files_are(alone)
+
+
+@pytest.mark.parametrize("stage", ["reference", "train", "sample", "evaluate"])
+def test_the_stages_that_share_their_work_are_launched(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    launched: list[Any] = []
+    monkeypatch.setattr(f"stages.{stage}.launch", lambda *given: launched.append(given))
+    section = "evaluate" if stage == "reference" else stage
+    run(stage, f"--{section}.processes", "2")
+    assert launched == [(2, f"stages.{stage}", [f"--{section}.processes", "2", "--params", "params.yaml"])]
 
 
 def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
@@ -232,17 +246,16 @@ def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
     evaluate.judge(params)
 
 
-@pytest.mark.slow
 def test_processes_share_the_work_to_the_same_result(trained: Path) -> None:
     """Gloo between them: images to the bit, moments to float64 rounding."""
-    run_all("sample", "reference", "evaluate")
+    run_all("sample", "evaluate")
     alone, scores = samples(), json.loads(paths.EVALUATE_METRICS.read_text())
     with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:
         mean, cov = archive["mean"], archive["cov"]
     for path in (paths.SAMPLES, paths.REFERENCE):
         shutil.rmtree(path)
     paths.EVALUATE_METRICS.unlink()
-    in_world(3, trained / "world", stages_of_a_rank, trained)
+    in_world(2, trained / "world", stages_of_a_rank, trained)
     np.testing.assert_array_equal(samples(), alone)
     png_files_are(alone)
     with np.load(paths.REFERENCE / "fd_lite0.npz") as archive:

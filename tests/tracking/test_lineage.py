@@ -54,11 +54,9 @@ def rows_of_tags(run_id: str) -> dict[str, str]:
     return tags
 
 
-def test_without_a_server_the_card_is_enough(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_the_card_is_enough(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    write_params()
-    run_all("prepare", "train")
     assert rows(explain("models/model.safetensors"))["step"] in ("4", "8")
     wrong = explain("0123abcd")
     assert wrong.exit_code == 2
@@ -71,9 +69,7 @@ def test_a_missing_model_is_one_line(workspace: Path) -> None:
     assert result.output.count("\n") == 1
 
 
-def test_samples_of_another_model_are_not_its_own(workspace: Path) -> None:
-    write_params()
-    run_all("prepare", "train", "sample")
+def test_samples_of_another_model_are_not_its_own(finished: Path) -> None:
     assert "samples" in rows(explain())
     card = json.loads(paths.SAMPLES_CARD.read_text())
     paths.SAMPLES_CARD.write_text(json.dumps(card | {"fingerprint": "of another"}))

@@ -1,0 +1,108 @@
+"""DVC itself on the committed dvc.yaml: what an edit makes stale, what runs then, and what does not."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers.dvc_project import Project
+
+from diffusion.metrics.selftest import random_weights
+
+pytestmark = pytest.mark.xdist_group("dvc")  # its project takes half a minute, for which another worker would wait
+
+# What makes which stages stale by itself; those after them run if what they read has changed.
+EDITS = {
+    "src/diffusion/tracking/journal.py": set(),
+    "src/diffusion/serving/registry.py": set(),
+    "src/diffusion/locks.py": set(),
+    "src/diffusion/rules.py": set(),
+    "src/diffusion/config.py": set(),
+    "src/diffusion/report/figures.py": {"report"},
+    "src/diffusion/training/loss.py": {"train"},
+    "src/diffusion/model/unet.py": {"train", "sample", "report"},
+    "src/diffusion/sampling/samplers.py": {"train", "sample", "report"},
+    "src/diffusion/metrics/frechet.py": {"reference", "train", "evaluate", "report"},
+    "requirements.lock": {"reference", "train", "sample", "evaluate"},
+}
+PARAMS = {
+    ("sample.num_images", 14): {"sample"},
+    ("train.lr", 1e-3): {"train"},
+    ("evaluate.reference_split", "test"): {"reference", "evaluate"},
+    ("tracking.experiment", "another"): {"train", "sample", "evaluate", "report"},
+}
+
+
+def test_a_second_repro_runs_no_stage(project: Project) -> None:
+    assert project.repro() == set()
+
+
+def test_what_is_stale_after_an_edit(project: Project) -> None:
+    found = {}
+    for name in EDITS:
+        with project.changed(name, "# edited\n"):
+            found[name] = project.stale()
+    assert found == EDITS
+    assert project.stale() == set()
+
+
+def test_what_is_stale_with_another_value(project: Project) -> None:
+    found = {}
+    for key, value in PARAMS:
+        with project.changed("params.yaml"):
+            project.set(**{key: value})
+            found[key, value] = project.stale()
+    assert found == PARAMS
+
+
+def test_another_answer_about_weights_reaches_all_scores(project: Project) -> None:
+    """Also if the file has the same name."""
+    look_again = ("repro", "--force", "--single-item", "weights")
+    project.set(**{"evaluate.inception": "local", "evaluate.inception_weights": "mine.pth"})
+    random_weights(project.folder / "mine.pth")
+    project.dvc(*look_again)
+    project.dvc("commit", "--force", "reference", "evaluate")  # stands for scores that were made with these
+    assert project.stale() == set()
+    random_weights(project.folder / "mine.pth", seed=1)
+    project.dvc(*look_again)
+    assert project.stale() == {"reference", "evaluate"}
+
+
+def test_scores_and_pages_are_shown(project: Project) -> None:
+    shown = json.loads(project.dvc("metrics", "show", "--json"))[""]["data"]
+    assert shown["metrics/evaluate.json"]["data"]["fd_lite0_12"] > 0
+    assert shown["metrics/train.json"]["data"]["images_seen"] == 16
+    assert "fd_lite0_12" in project.dvc("metrics", "diff", "HEAD~1")
+
+    project.dvc("plots", "show", "--out", "pages")
+    page = (project.folder / "pages/index.html").read_text()
+    assert "loss_smoothed" in page
+    assert any((project.folder / "pages").rglob("*.png"))
+    assert "val_loss" in (project.folder / "plots/val_loss.csv").read_text()
+
+
+def test_a_misspelt_key_stops_the_run(project: Project) -> None:
+    said = project.dvc("exp", "run", "-S", "+train.lrr=0.002", check=False)
+    assert "unknown key train.lrr: did you mean train.lr?" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_what_depends_on_a_change_runs(project: Project) -> None:
+    """One test, because each step starts from the state that the one before left."""
+    project.set(**{"sample.num_images": 14})
+    assert project.repro() == {"sample", "evaluate", "report"}
+    with np.load(project.folder / "samples/images.npz") as archive:
+        assert len(archive["images"]) == 14
+
+    weights = (project.folder / "models/model.safetensors").read_bytes()
+    project.edit("src/diffusion/training/loss.py", "# a comment\n")
+    assert project.repro() == {"train"}  # DVC sees a changed file, the stage a finished training
+    assert len(project.trainings()) == 1
+    project.edit("src/diffusion/model/unet.py", "EDITED = True\n")
+    assert project.repro("sample") == {"train", "sample"}
+    assert len(project.trainings()) == 2
+    assert (project.folder / "models/model.safetensors").read_bytes() == weights  # trained anew, to the same bits
+
+    project.set(**{"tracking.experiment": "another"})  # the stage runs, but the finished training is not repeated
+    assert project.repro("train") == {"train"}
+    assert len(project.trainings()) == 2
