@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,29 @@ def test_a_reference_comes_back_and_knows_its_extractor(tmp_path: Path) -> None:
     (tmp_path / "r.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="repro"):
         Reference.load(tmp_path / "r.npz", Colours().describe())
+
+
+def test_a_reference_takes_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that cannot be written leaves the one before as it was."""
+    path, synced, fsync = tmp_path / "r.npz", {}, os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    reference = make_reference(pictures(10), "train", Colours(), 4, CPU)
+    reference.save(path)
+    reference.save(path)
+    assert synced[path.stat().st_ino] == path.stat().st_size
+    assert len({*synced} - {tmp_path.stat().st_ino}) == 2, "a file of its own each time"
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reference.save(path)
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
 
 
 @pytest.fixture

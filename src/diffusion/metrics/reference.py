@@ -40,6 +40,8 @@ class Reference:
             with temporary.open("wb") as file:
                 key = json.dumps(self.key, sort_keys=True)
                 np.savez(file, mean=self.mean, cov=self.cov, key=key, features=features)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
