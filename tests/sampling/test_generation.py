@@ -79,6 +79,28 @@ def test_another_seed_is_another_set(tiny, denoiser: Denoiser) -> None:
     assert all(not a.equal(b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("choice", "device", "images", "compiles"),
+    [
+        ("auto", "cuda", generation.COMPILE_FROM // 4, True),
+        ("auto", "cuda", generation.COMPILE_FROM // 4 - 1, False),
+        ("auto", "cpu", generation.COMPILE_FROM, False),
+        ("on", "cpu", 1, True),
+        ("off", "cuda", generation.COMPILE_FROM, False),
+    ],
+)
+def test_compilation_is_for_large_sets_on_cuda(
+    tiny, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, choice: str, device: str, images: int, compiles: bool
+) -> None:
+    """At four steps an image."""
+    asked = []
+    monkeypatch.setattr(generation, "_compiled", lambda *_, must: asked.append(must))
+    config = dataclasses.replace(tiny().sample, compile=choice)
+    drawing = generation.Drawing(denoiser, config, 0, torch.device(device), size=4, images=images)
+    assert asked == [choice == "on"] * compiles
+    assert (drawing.denoiser, drawing.fixed_shape) == (denoiser, False)
+
+
 def test_stages_begin_with_noise_and_end_with_the_image(tiny, denoiser: Denoiser) -> None:
     config = tiny().sample
     frames = panels.stages(denoiser, config, 0, range(3), CPU, columns=4)

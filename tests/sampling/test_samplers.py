@@ -184,8 +184,10 @@ def test_the_config_chooses_sampler_and_options() -> None:
         assert finish(configured(section)(gaussian_denoiser(schedule), schedule, start(9), timesteps)).equal(expected)
 
 
-def test_evaluations_are_what_a_sampler_spends() -> None:
-    schedule = make_schedule("cosine", 50)  # begins beyond sigma = 80, so that Heun's first step is a single one
+@pytest.mark.parametrize(("schedule_name", "of_heun"), [("cosine", 16), ("edm", 17)])
+def test_evaluations_are_what_a_sampler_spends(schedule_name: str, of_heun: int) -> None:
+    """Cosine begins beyond sigma = 80, so that Heun's first step is a single one, and edm there."""
+    schedule = make_schedule(schedule_name, 50)
     for name in SAMPLERS:
         section = params_file.load(REPO / "params.yaml", {"sample.sampler": name, "sample.steps": 9}).sample
         calls = []
@@ -195,7 +197,7 @@ def test_evaluations_are_what_a_sampler_spends() -> None:
             return gaussian_denoiser(schedule)(x_t, t)
 
         finish(configured(section)(counted, schedule, start(3), sampling_timesteps("trailing", schedule, 9)))
-        assert len(calls) == evaluations(section, schedule) == (16 if name == "heun" else 9), name
+        assert len(calls) == evaluations(section, schedule) == (of_heun if name == "heun" else 9), name
 
 
 # --- step by step against diffusers

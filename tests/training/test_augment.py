@@ -54,6 +54,44 @@ def test_scale_enlarges_and_a_stretch_keeps_the_area() -> None:
     same(inner, 2 * y[:, :, 2:6])
 
 
+def test_a_stretch_is_along_its_axis() -> None:
+    """At 45 degrees the coordinate along that diagonal is halved, the one across doubled."""
+    ramp = torch.linspace(-0.25, 0.25, 17)[1::2]  # small, so that nothing is mirrored
+    x, y = ramp.view(1, 1, 1, 8).expand(1, 1, 8, 8), ramp.view(1, 1, 8, 1).expand(1, 1, 8, 8)
+    double = 1 / augment.SCALE
+    same(augment.applied(y, labels(along_y=double)), y / 2)
+    along, across = (x + y) / 2, (x - y) / 2
+    diagonal = labels(along_x=double / 2**0.5, along_y=double / 2**0.5)
+    middle = (..., slice(3, 5), slice(3, 5))
+    same(augment.applied(x + y, diagonal)[middle], along[middle])
+    same(augment.applied(x - y, diagonal)[middle], 4 * across[middle])
+
+
+def test_augmentations_follow_each_other(image: Tensor) -> None:
+    """Flipped, then turned, then shifted."""
+    quarter = {"cos": -1.0, "sin": 1.0}
+    turned = torch.rot90(image.flip(2), -1, (2, 3))
+    same(augment.applied(image, labels(flip=1, **quarter)), turned)
+    shifted = augment.applied(image, labels(flip=1, x=2 / (8 * augment.SHIFT), **quarter))
+    same(shifted[..., 2:], turned[..., :-2])
+
+
+def test_strengths_are_drawn_as_in_the_paper() -> None:
+    """Karras et al. 2022, appendix F.2: normal scales, stretches and shifts, angles all round."""
+    drawn = augment.draw(20_000, 1.0, generator(0, "augment"))
+    for name, values in {"scale": drawn[:, 1], "x": drawn[:, 6], "y": drawn[:, 7]}.items():
+        assert (float(values.mean()), float(values.std())) == (
+            pytest.approx(0, abs=0.03),
+            pytest.approx(1, abs=0.03),
+        ), name
+    angle = torch.atan2(drawn[:, 3], drawn[:, 2] + 1)
+    assert float(angle.mean()) == pytest.approx(0, abs=0.06)
+    assert float(angle.std()) == pytest.approx(math.pi / 3**0.5, abs=0.03)
+    strength = torch.hypot(drawn[:, 4], drawn[:, 5])
+    assert float(strength.square().mean()) == pytest.approx(1, abs=0.05)
+    assert float(drawn[:, 4:6].mean()) == pytest.approx(0.2, abs=0.02)  # half are upright, along +x or +y: E|z| / 4
+
+
 def test_each_augmentation_happens_as_often_as_asked() -> None:
     drawn = augment.draw(20_000, 0.12, generator(0, "augment"))
     used = {"flip": [0], "scale": [1], "rotation": [2, 3], "stretch": [4, 5], "shift": [6, 7]}
