@@ -104,6 +104,7 @@ def main(overrides: str) -> None:
 
     Exit status 130: it was stopped; 2: a UserError, which is one line.
     """
+    os.dup2(2, 1)  # one record of all that is said, in order
     params = params_file.load(
         REPO / "params.yaml",
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},

@@ -18,6 +18,7 @@ from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.progress import Record
 from diffusion.tuning import search, trial
+from diffusion.tuning.store import storage_url
 from diffusion.tuning.trial import Attempt
 
 SPACE = {
@@ -100,6 +101,13 @@ def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
             yield record
 
     monkeypatch.setattr(trial, "train", interrupted)
+
+
+def search_at_once(params: config.Params) -> None:
+    """`search.tune` without trainings: the study that it would have, steps that take no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_trials, "SECONDS", 0.0)
+        search.search(name_of(params), params, storage_url(params.tune), fast_trials.prepare)
 
 
 def fast_trials_at_once(params: config.Params) -> Callable[[Attempt], float]:

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers.project import REPO
 from helpers.served import described, params_of, write_model
 from helpers.stores import wait_for
 from PIL import Image
 
-from diffusion import params_file
+from diffusion import params_file, paths
 from diffusion.errors import UserError
 from diffusion.model.model_file import load_denoiser
 from diffusion.sampling import generation
@@ -30,6 +31,7 @@ from diffusion.serving import registry, requests, server
 
 pytest.importorskip("mlflow")
 
+pytestmark = pytest.mark.xdist_group("served")  # one start of the server
 CONDITIONAL = {"model.num_classes": 10, "sample.guidance": 2.0, "tracking.experiment": "faces"}
 
 
@@ -269,10 +271,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line(
     assert capsys.readouterr().err == "error: model.safetensors cannot be used\n"
 
 
-def test_without_a_champion_it_says_what_to_do(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params_file.write_yaml(params_of(), tmp_path / "params.yaml")
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}", "PYTHONPATH": str(REPO / "src")}
-    command = [sys.executable, "-m", "diffusion", "serve"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: model cifar10-diffusion has no champion: run `dvc repro`")
+def test_without_a_champion_it_says_what_to_do(database: Path) -> None:
+    params_file.write_yaml(params_of(), paths.PARAMS)
+    result = CliRunner().invoke(server.main)
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-1].startswith("error: model cifar10-diffusion has no champion: run `dvc repro`")

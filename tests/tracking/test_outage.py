@@ -29,7 +29,6 @@ from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer, retr
 from diffusion.tracking.journal import Tracker
 
 pytest.importorskip("mlflow")
-pytestmark = pytest.mark.slow
 
 STEPS, MIDDLE = 40, 20
 NOBODY = "http://127.0.0.1:9"
@@ -97,10 +96,17 @@ def check(database: Path, journal: Path, served: Path) -> None:
     assert [line["seq"] for line in lines] == list(range(1, len(lines) + 1))
 
 
-@pytest.mark.parametrize("moment", ["before the first batch", "in the middle", "during close"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("before the first batch", marks=pytest.mark.slow),
+        "in the middle",
+        pytest.param("during close", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     served, port = tmp_path / "served", free_port()  # a server comes back where it was
-    with server(database, served, port=port) as (uri, kill):
+    with server(database, served, port=port, command=moment == "in the middle") as (uri, kill):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
 
         def arrived(points: int) -> bool:
@@ -137,6 +143,7 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
         assert sync(journal) == "up to date"
 
 
+@pytest.mark.slow
 def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes connections and never answers; awake again, it also does what it was asked meanwhile."""
     served = tmp_path / "served"
@@ -154,6 +161,7 @@ def test_a_server_hangs(database: Path, tmp_path: Path, monkeypatch: pytest.Monk
         check(database, journal, served)
 
 
+@pytest.mark.slow
 def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = tmp_path / "served"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NOBODY)
@@ -168,6 +176,7 @@ def test_a_server_is_absent_from_the_start(database: Path, tmp_path: Path, monke
         check(database, journal, served)
 
 
+@pytest.mark.slow
 class TestClose:
     """With the default constants: what is off this machine costs 5 s at most when a run is closed."""
 

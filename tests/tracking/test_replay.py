@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.preloaded import Command
 from helpers.stores import (
     CONFIG,
     client_of,
@@ -82,7 +84,9 @@ class TestReplay:
         assert {"git.commit": "c2", "only.c1": "x", "only.c2": "x"}.items() <= run.data.tags.items()
         assert run.data.tags["pid"] == str(os.getpid())
 
-    @pytest.mark.parametrize("moment", [0, 40, 99])
+    @pytest.mark.parametrize(
+        "moment", [pytest.param(0, marks=pytest.mark.slow), 40, pytest.param(99, marks=pytest.mark.slow)]
+    )
     def test_sync_sends_what_a_killed_server_missed(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
     ) -> None:
@@ -211,48 +215,34 @@ class TestReplay:
 
 
 class TestDeadRuns:
-    SCRIPT = """
-import sys, time
-from pathlib import Path
-from diffusion.tracking import runs
-from diffusion.config import TrackingConfig
-tracker = runs.open_run(TrackingConfig(True, "test experiment"), name="dies", run_folder=Path(sys.argv[1]))
-tracker.metrics({"loss": 1.0}, 1)
-print(tracker.run_id, flush=True)
-time.sleep(600)
-"""
+    def start(self, name: str) -> tuple[Command, str]:
+        process = Command("helpers.unfinished", name)
+        process.wait_for("\n")
+        return process, process.said.split()[0]
 
-    def start(self, folder: Path, database: Path) -> tuple[subprocess.Popen[str], str]:
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database}"}
-        command = [sys.executable, "-c", self.SCRIPT, str(folder)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert process.stdout
-        return process, process.stdout.readline().strip()
-
-    def test_the_run_of_a_killed_process_is_closed_by_the_next_one(self, database: Path, tmp_path: Path) -> None:
-        dead, dead_id = self.start(tmp_path / "dead", database)
-        alive, alive_id = self.start(tmp_path / "alive", database)
-        dead.kill()
+    def test_the_run_of_a_killed_process_is_closed_by_the_next_one_and_gone_on_with_by_its_own(
+        self, database: Path, tmp_path: Path
+    ) -> None:
+        """And that of a process which is alive is left alone."""
+        (dead, dead_id), (alive, alive_id) = self.start("dead"), self.start("alive")
+        dead.send_signal(signal.SIGKILL)
         dead.wait()
         client = client_of(database)
-        assert client.get_run(dead_id).info.status == "RUNNING"
-        tracker = open_run(tmp_path / "other")
-        assert client.get_run(dead_id).info.status == "KILLED"
-        assert client.get_run(alive_id).info.status == "RUNNING"
-        close_in_time(tracker)
-        alive.kill()
-        alive.wait()
 
-    def test_a_resumed_training_goes_on_with_the_run_of_the_killed_one(self, database: Path, tmp_path: Path) -> None:
-        dead, run_id = self.start(tmp_path / "run", database)
-        dead.kill()
-        dead.wait()
-        tracker = open_run(tmp_path / "run")
-        assert tracker.run_id == run_id
-        assert client_of(database).get_run(run_id).info.status == "RUNNING"
-        close_in_time(tracker)
-        assert stored_points(database, run_id) == journal_points(tmp_path / "run/journal.jsonl")
-        assert client_of(database).get_run(run_id).info.status == "FINISHED"
+        def states() -> list[str]:
+            return [client.get_run(run_id).info.status for run_id in (dead_id, alive_id)]
+
+        assert states() == ["RUNNING", "RUNNING"]
+        close_in_time(open_run(tmp_path / "other"))
+        assert states() == ["KILLED", "RUNNING"]
+        again = open_run(tmp_path / "dead")
+        assert again.run_id == dead_id
+        assert states() == ["RUNNING", "RUNNING"]
+        close_in_time(again)
+        assert states() == ["FINISHED", "RUNNING"]
+        assert stored_points(database, dead_id) == journal_points(tmp_path / "dead/journal.jsonl")
+        alive.send_signal(signal.SIGKILL)
+        alive.wait()
 
     def test_a_zombie_is_dead(self) -> None:
         """Killed, and its parent has not asked for its end yet."""

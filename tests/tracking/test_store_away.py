@@ -1,7 +1,5 @@
-"""Tracking while the store is away, slow or refuses; an `mlflow server` that is killed half-way."""
+"""Tracking while the store is away, slow or refuses; servers that are killed: test_outage.py."""
 
-import math
-import re
 import socket
 import sys
 import threading
@@ -15,7 +13,6 @@ from helpers.stores import (
     close_in_time,
     journal_points,
     open_run,
-    server,
     stored_points,
     wait_for,
     warnings,
@@ -216,36 +213,3 @@ class TestOutage:
         close_in_time(tracker)
         run = client_of(database).get_run(tracker.run_id)
         assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
-
-    @pytest.mark.slow
-    def test_server_killed_half_way(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        (tmp_path / "f").write_text("kept by the server")
-        with server(database, tmp_path / "served") as (uri, kill):
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-            tracker = open_run(tmp_path / "run")
-            assert tracker.run_id
-            tracker.artifact(tmp_path / "f", "notes")
-            for step in range(100):
-                tracker.metrics({"loss": math.cos(step)}, step)
-            wait_for(lambda: len(stored_points(database, tracker.run_id or "")) == 100)
-            wait_for(lambda: any((tmp_path / "served").rglob("notes/f")))
-            kill()
-            for step in range(100, 300):
-                tracker.metrics({"loss": math.cos(step)}, step)
-            said: list[str] = []
-
-            def warned() -> bool:
-                said.extend(warnings(capsys))
-                return bool(said)
-
-            wait_for(warned)
-            close_in_time(tracker)
-        journal = journal_points(tmp_path / "run/journal.jsonl")
-        assert [value for _, _, _, value in journal] == [math.cos(step) for step in range(300)]
-        assert stored_points(database, tracker.run_id) == journal[:100]
-        said += warnings(capsys)
-        assert len(said) == 2, said  # the outage, and what is left at the end
-        assert "does not answer" in said[0]
-        assert re.search("20[12] events", said[1])  # 200 points, the end, and the file if its answer was lost

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from helpers import fast_trials
 from helpers.project import REPO
-from helpers.studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, stop_after, table
+from helpers.studies import SPACE, TUNE, fast_trials_at_once, formula, name_of, search_at_once, stop_after, table
 from matplotlib.figure import Figure
 from PIL import Image
 from ruamel.yaml import YAML
@@ -27,7 +27,7 @@ from diffusion.tuning.trial import Attempt
 def test_best_is_the_least_of_the_table_and_goes_into_params(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search.tune(tiny(**TUNE | {"tune.trials": 5}))
+    search_at_once(tiny(**TUNE | {"tune.trials": 5}))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trial ")]
     assert [line.split(":")[0] for line in lines] == [f"trial {i} ({i + 1} of 5)" for i in range(5)]
     least = min(table(), key=lambda row: float(row["value"]))
@@ -73,7 +73,7 @@ def test_other_batch_sizes_come_with_as_many_steps_as_see_the_same_images(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 1, "tune.space": {"train.batch_size": [8]}, "train.steps": 100})
-    search.tune(params)
+    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     best = YAML(typ="safe", pure=True).load(paths.BEST_YAML)
     assert best == {"train": {"batch_size": 8, "steps": 50}}  # TINY has batches of 4
 

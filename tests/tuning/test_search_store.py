@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers.studies import TUNE, name_of, states, table
+from helpers.studies import TUNE, name_of, search_at_once, states, table
 
 from diffusion import config, paths
 from diffusion.errors import UserError
@@ -86,8 +86,8 @@ def test_a_store_that_goes_away_is_one_line_and_the_trial_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(optuna.trial.Trial, "report", away)
         with pytest.raises(UserError, match=r"does not answer \(the server closed the connection\)"):
-            search.tune(tiny(**TUNE))
+            search_at_once(tiny(**TUNE))
     assert states() == ["RUNNING"]
     monkeypatch.setattr("diffusion.tuning.study.is_alive", lambda tags: False)
-    search.tune(tiny(**TUNE))
+    search_at_once(tiny(**TUNE))
     assert [(row["state"], row["retry_of"]) for row in table()][:2] == [("FAIL", ""), ("COMPLETE", "0")]
