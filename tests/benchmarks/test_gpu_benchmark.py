@@ -219,7 +219,7 @@ def library_samples(model: Path) -> np.ndarray:
 def test_the_whole_command_needs_none_of_the_services(
     command: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    output = command("--seconds", "20", "--more-images", "20").communicate(timeout=300)[0]
+    output = command("--seconds", "10", "--more-images", "20").communicate(timeout=300)[0]
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert {name: part["status"] for name, part in result["parts"].items()} == dict.fromkeys(
         ["machine", "speed", "sampling", "train", "samples"], "done"

@@ -102,12 +102,9 @@ def pages(folder: Path) -> Iterator[tuple[str, str]]:
         log.close()
 
 
-@pytest.mark.slow
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
-def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    scores, losses, best, ids = {}, {}, {}, []
+def two_trained_runs() -> tuple[list[str], dict[str, float], dict[str, float], dict[str, float]]:
+    """Ids, and by name the score, the best validation loss and the last loss; by the real stages."""
+    ids, scores, best, losses = [], {}, {}, {}
     recipe = {"tracking.enabled": True, "train.lr_schedule": "linear", "diffusion.schedule": "cosine"}
     for lr, name in ((2e-3, "lr2e-3-linear-cosine-v"), (1e-4, "lr1e-4-linear-cosine-v")):
         write_params(**recipe, **{"train.lr": lr})
@@ -117,6 +114,48 @@ def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.M
         ids.append(json.loads(paths.MODEL_CARD.read_text())["run_id"])
         with paths.LOSS_CSV.open() as file:
             losses[name] = [float(row["loss"]) for row in csv.DictReader(file)][-1]
+    return ids, scores, best, losses
+
+
+def ten_runs() -> dict[str, float]:
+    """In an experiment of their own, to which params.yaml is set: by name their scores, which all differ."""
+    write_params(**{"tracking.enabled": True, "tracking.experiment": "ten"})
+    rates = [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    scores = {}
+    for number, (schedule, lr) in enumerate(itertools.product(("cosine", "linear"), rates)):
+        params = params_file.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
+        tracker = runs.open_run(params.tracking, name=train.run_name(params), run_folder=paths.RUNS / f"{number}")
+        with runs.closing_status(tracker, "train"):
+            tracker.params(config.flat(config.trained(params)))
+            scores[train.run_name(params)] = 200.0 + 37 * number % 10
+            tracker.metrics({"best/val_loss": 0.1, "evaluate/fd_lite0_2k": scores[train.run_name(params)]}, 8)
+    return scores
+
+
+def compared(server: str, ids: list[str], experiment: str) -> str:
+    """Address of the page that shows the loss of these runs in one plot."""
+    query = {
+        "runs": json.dumps(ids),
+        "metric": '"train/loss"',
+        "experiments": f'["{experiment}"]',
+        "plot_metric_keys": '["train/loss"]',
+        "plot_layout": "{}",
+        "x_axis": "step",
+        "y_axis_scale": "linear",
+        "line_smoothness": 1,
+        "show_point": "false",
+        "deselected_curves": "[]",
+        "last_linear_y_axis_range": "[]",
+    }
+    return f"{server}/#/metric?{urllib.parse.urlencode(query)}"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
+def test_runs_are_ranked_and_compared(workspace: Path) -> None:
+    """Two that the stages made; then ten, of which one screen shows which is best and why."""
+    ids, scores, best, losses = two_trained_runs()
     experiment = client_of(paths.MLFLOW_DB).get_experiment_by_name(EXPERIMENT).experiment_id
     with pages(workspace) as (address, server):
         table = browse(address, workspace)
@@ -131,48 +170,16 @@ def test_two_runs_are_ranked_and_compared(workspace: Path, monkeypatch: pytest.M
         for ascending in ("true", "false"):
             query = urllib.parse.urlencode({"orderByKey": "metrics.`best/val_loss`", "orderByAsc": ascending})
             table = browse(f"{server}/#/experiments/{experiment}/runs?{query}", workspace)
-            expected = sorted(best, key=best.__getitem__, reverse=ascending == "false")
-            assert table.names == expected
+            assert table.names == sorted(best, key=best.__getitem__, reverse=ascending == "false")
 
-        query = urllib.parse.urlencode(
-            {
-                "runs": json.dumps(ids),
-                "metric": '"train/loss"',
-                "experiments": f'["{experiment}"]',
-                "plot_metric_keys": '["train/loss"]',
-                "plot_layout": "{}",
-                "x_axis": "step",
-                "y_axis_scale": "linear",
-                "line_smoothness": 1,
-                "show_point": "false",
-                "deselected_curves": "[]",
-                "last_linear_y_axis_range": "[]",
-            }
-        )
-        compared = browse(f"{server}/#/metric?{query}", workspace)
-    assert len(compared.curves) == 2  # over each other in one plot
-    assert all(f"{name} (train/loss)" in compared.text for name in losses)
-    latest = {float(text) for text in re.findall(r"(\d\.\d+) \(step=8\)", compared.text)}
-    assert latest >= {*losses.values()}
+        plot = browse(compared(server, ids, experiment), workspace)
+        assert len(plot.curves) == 2  # over each other
+        assert all(f"{name} (train/loss)" in plot.text for name in losses)
+        latest = {float(text) for text in re.findall(r"(\d\.\d+) \(step=8\)", plot.text)}
+        assert latest >= {*losses.values()}
 
-
-@pytest.mark.slow
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)")
-def test_one_screen_shows_which_of_ten_runs_is_best_and_why(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    write_params(**{"tracking.enabled": True})
-    rates = [2e-4, 5e-4, 1e-3, 2e-3, 4e-3]
-    scores = {}
-    for number, (schedule, lr) in enumerate(itertools.product(("cosine", "linear"), rates)):
-        params = params_file.load("params.yaml", {"train.lr": lr, "diffusion.schedule": schedule, "seed": number % 2})
-        tracker = runs.open_run(params.tracking, name=train.run_name(params), run_folder=paths.RUNS / f"{number}")
-        with runs.closing_status(tracker, "train"):
-            tracker.params(config.flat(config.trained(params)))
-            scores[train.run_name(params)] = 200.0 + 37 * number % 10  # all differ
-            tracker.metrics({"best/val_loss": 0.1, "evaluate/fd_lite0_2k": scores[train.run_name(params)]}, 8)
-    with pages(workspace) as (address, _):
-        table = browse(address, workspace)
+        scores = ten_runs()
+        table = browse(ui.page(server), workspace)
     assert table.names == sorted(scores, key=scores.__getitem__)
     assert [float(text) for text in table.column("metrics.`evaluate/fd_lite0_2k`")] == sorted(scores.values())
     for key in ("train.lr", "diffusion.schedule", "seed"):  # all that differs, drawn without scrolling

@@ -229,7 +229,7 @@ def test_it_survives_a_thousand_malformed_bodies(served: tuple[int, Path]) -> No
 def test_eight_clients_at_once_get_their_own_images(served: tuple[int, Path]) -> None:
     port, folder = served
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
-        answers = [*clients.map(lambda seed: ask(port, num_images=3, seed=seed, format="raw"), range(24))]
+        answers = [*clients.map(lambda seed: ask(port, num_images=3, seed=seed, format="raw"), range(16))]
     for seed, (status, answer) in enumerate(answers):
         assert status == 200
         np.testing.assert_array_equal(np.array(answer["predictions"]["images"]), drawn(folder, 3, seed))

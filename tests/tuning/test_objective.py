@@ -93,6 +93,7 @@ def test_the_error_draws_from_edms_distribution() -> None:
     assert found == pytest.approx(float((torch.exp(-2 * quantiles) + 4).mean()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_score_is_what_the_stages_would_give(
     tmp_path: Path, tiny: Callable[..., config.Params], tiny_data: Dataset
 ) -> None:

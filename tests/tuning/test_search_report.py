@@ -78,6 +78,7 @@ def test_other_batch_sizes_come_with_as_many_steps_as_see_the_same_images(
     assert best == {"train": {"batch_size": 8, "steps": 50}}  # TINY has batches of 4
 
 
+@pytest.mark.slow
 def test_the_figures_are_drawn(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
