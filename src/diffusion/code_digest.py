@@ -11,7 +11,16 @@ LIBRARY = Path(__file__).parent
 
 # What decides no bit of a model or an image: tests/pipeline/test_dvc_yaml.py proves it of the rooms, and a stage's deps
 # leave out the same. Paths below the library; a folder stands for all in it.
-HARMLESS = ("config.py", "params_file.py", "rules.py", "errors.py", "paths.py", "locks.py", "interrupts.py")
+HARMLESS = (
+    "config.py",
+    "params_file.py",
+    "rules.py",
+    "errors.py",
+    "paths.py",
+    "locks.py",
+    "interrupts.py",
+    "atomic.py",
+)
 HARMLESS_ROOMS = ("tracking", "serving")
 
 
@@ -24,15 +33,15 @@ def import_closure(script: Path, root: Path = LIBRARY.parent) -> frozenset[Path]
     return frozenset(Path(file) for file in files if file)
 
 
-def code_digests(*scripts: str, without: Collection[str] = ()) -> dict[str, str]:
+def code_digests(*scripts: str, without: Collection[str] = (), library: Path = LIBRARY) -> dict[str, str]:
     """Path below the library -> 16 hex digits, for the import closures of `scripts` (paths below the library).
 
     HARMLESS files are left out, and those named by `without`.
     """
-    closure = set().union(*(import_closure(LIBRARY / script) for script in scripts))
-    paths = sorted(path.relative_to(LIBRARY).as_posix() for path in closure)
+    closure = set().union(*(import_closure(library / script, library.parent) for script in scripts))
+    paths = sorted(path.relative_to(library).as_posix() for path in closure)
     left_out = {*HARMLESS, *without}
-    return {p: file_digest(LIBRARY / p) for p in paths if p not in left_out and p.split("/")[0] not in HARMLESS_ROOMS}
+    return {p: file_digest(library / p) for p in paths if p not in left_out and p.split("/")[0] not in HARMLESS_ROOMS}
 
 
 @cache

@@ -145,20 +145,6 @@ def test_a_full_gpu_is_one_line(workspace: Path, monkeypatch: pytest.MonkeyPatch
     assert "lower train.micro_batch" in result.output
 
 
-def test_a_second_trainer_is_kept_out(workspace: Path) -> None:
-    write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})
-    run_all("prepare")
-    first = Command("stages.train")
-    try:
-        wait_for_checkpoint(3, first)
-        result = run("train")
-        assert result.exit_code == 2
-        assert f"another process ({first.pid}) is training here" in result.output
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-
-
 def test_a_finished_training_is_not_trained_again(finished: Path) -> None:
     """Also if what decides no weights has changed; DVC has deleted the outputs of a stage that it runs."""
     write_params(**{"tracking.experiment": "another"})

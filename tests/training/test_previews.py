@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion import config, paths
 from diffusion.model.denoiser import Denoiser
-from diffusion.sampling import generation, panels
+from diffusion.sampling import panels
 
 
 def test_a_training_killed_before_its_only_preview_can_still_finish(
@@ -56,7 +56,7 @@ def test_previews_take_no_more_memory_than_micro_batches_and_stay_the_same(
         seen.append(len(indices))
         return stages(denoiser, how, seed, indices, *rest)
 
-    monkeypatch.setattr(generation, "stages", watched)
+    monkeypatch.setattr(panels, "stages", watched)
     pictures = []
     for micro_batch in (None, 1):
         write_params(**{"train.micro_batch": micro_batch, "train.preview_images": 5, "train.preview_every": 8})

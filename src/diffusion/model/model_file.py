@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from diffusion.atomic import replacing
 from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
 from diffusion.errors import UserError
 from diffusion.model.card import card_path, read_card
@@ -18,11 +19,11 @@ from diffusion.runtime import resolve_precision, use_fast_kernels
 
 
 def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConfig, about: dict[str, Any]) -> None:
-    """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # save_file would say that a disk is full in words of its own.
-    path.write_bytes(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
-    card_path(path).write_text(json.dumps({"config": to_dict(config), **about}, indent=2) + "\n")
+    """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}; each whole or not."""
+    with replacing(path) as file:  # save_file would say that a disk is full in words of its own
+        file.write(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
+    with replacing(card_path(path)) as file:
+        file.write(json.dumps({"config": to_dict(config), **about}, indent=2).encode() + b"\n")
 
 
 def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:

@@ -12,24 +12,24 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.config import Params, TrainedConfig, flat, trained
+from diffusion.config import Params, TrainedConfig, flat, trained, trained_from_dict
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
 from diffusion.errors import UserError
 from diffusion.interrupts import StopRequest
-from diffusion.locks import only_trainer
+from diffusion.locks import enter_alone, only_trainer
 from diffusion.model.model_file import save_model
 from diffusion.params_file import write_yaml
 from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
-from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker, remembered
 from diffusion.tracking.mlflow_writer import SystemMetrics
 from diffusion.tracking.provenance import origin
 from diffusion.training.ema import ema_decay
-from diffusion.training.identity import fingerprint
+from diffusion.training.identity import begin, fingerprint, identity
 from diffusion.training.loop import Trainer, train
-from diffusion.training.previews import write_previews
+from diffusion.training.previews import has_previews, outdated_previews, write_previews
 from diffusion.training.progress import Record
 from diffusion.training.scoring import Scorer
 
@@ -37,10 +37,10 @@ from diffusion.training.scoring import Scorer
 def fit(params: Params) -> None:
     """Train as `params` say, or go on where a stopped training of the same params, data and code was; write outputs.
 
-    Under torchrun all processes call it and share the work.
+    Under torchrun all processes call it and share the work. It waits for a trainer of the same, or in this workspace.
 
     Raises:
-        UserError: data are missing, another trainer is at work, or the training diverges.
+        UserError: data are missing, or the training diverges.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); the state was saved first.
         SystemExit: on ranks other than 0, in place of either.
     """
@@ -49,24 +49,27 @@ def fit(params: Params) -> None:
         data = world.together(Dataset.load)
         keep_freed_memory()
         folder = paths.RUNS / fingerprint(config, data.identity)
-        world.together(lambda: held.enter_context(only_trainer(folder)) if world.is_main else None)
+        enter_alone(held, world, lambda waiting: only_trainer(folder, wait=True, waiting=waiting))
         stop = held.enter_context(StopRequest())
         score = Scorer(config, data, folder, device) if config.train.evaluate_every else None
-        trainer = Trainer(config, data, folder, device, world, score)
+        if world.is_main:
+            for line in begin(folder, identity(config, data.identity)):
+                print(f"train: {line}", file=sys.stderr)
+        made_by = {**origin(params, device), "processes": str(world.size)}
+        trainer = Trainer(config, data, folder, device, world, score, made_by)
         if trainer.progress.step and world.is_main:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
-        made_by = origin(params, device)
-        tracker = _open_run(params, folder, data.digest, made_by) if world.is_main else NullTracker()
+        tracker = _open_run(params, trainer, data.digest) if world.is_main else NullTracker()
         with runs.closing_status(tracker, "train"):
             if world.is_main:
                 _describe(params, folder, tracker)
-            if world.is_main and _shows(trainer) and not _has_previews(trainer):  # it was killed before it drew them
+            if world.is_main and _shows(trainer) and not has_previews(trainer):  # it was killed before it drew them
                 _draw_previews(trainer, tracker)
             _loop(trainer, tracker, stop)
-            if world.is_main and not _has_previews(trainer):
+            if world.is_main and not has_previews(trainer):
                 _draw_previews(trainer, tracker)
             if world.is_main:
-                _write_outputs(trainer, tracker, data.digest, made_by)
+                _write_outputs(trainer, tracker, data.digest)
 
 
 def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
@@ -100,15 +103,10 @@ def _shows(trainer: Trainer) -> bool:
     return 0 < step < config.steps and step % config.preview_every == 0
 
 
-def _has_previews(trainer: Trainer) -> bool:
-    return (trainer.folder / "previews" / f"step_{trainer.progress.step:06d}_denoising.png").exists()
-
-
 def _draw_previews(trainer: Trainer, tracker: Tracker) -> None:
     """Pictures of the step that the training is at."""
-    folder, step = trainer.folder / "previews", trainer.progress.step
-    for key, picture in zip(("samples", "denoising"), write_previews(trainer, folder), strict=True):
-        tracker.image(picture, key, step)
+    for key, picture in zip(("samples", "denoising"), write_previews(trainer), strict=True):
+        tracker.image(picture, key, trainer.progress.step)
 
 
 def _stops(trainer: Trainer, stop: StopRequest, step: int) -> bool:
@@ -139,13 +137,13 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
         bar.set_postfix_str(f"loss {smoothed:.4f}, validation {val}", refresh=False)
 
 
-def _open_run(params: Params, folder: Path, data_digest: str, made_by: dict[str, str]) -> Tracker:
+def _open_run(params: Params, trainer: Trainer, data_digest: str) -> Tracker:
     """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
     return runs.open_run(
         params.tracking,
         name=run_name(params),
-        run_folder=folder,
-        tags={"data.digest": data_digest, "fingerprint": folder.name, **made_by},
+        run_folder=trainer.folder,
+        tags={"data.digest": data_digest, "fingerprint": trainer.folder.name, **trainer.begun["origin"]},
         register=register,
     )
 
@@ -176,8 +174,9 @@ def _images_per_second(trainer: Trainer) -> float:
     return progress.step * trainer.config.train.batch_size / max(progress.seconds, 1e-9)
 
 
-def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by: dict[str, str]) -> None:
-    progress, config = trainer.progress, trainer.config.train
+def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None:
+    """What dvc.yaml declares; models/ is a function of the training, whoever exports it when."""
+    progress, config, made_by = trainer.progress, trainer.config.train, trainer.begun["origin"]
     if not progress.best_step:
         raise UserError(
             "no validation was finite, so no weights were kept: lower train.lr, or set train.precision: fp32"
@@ -193,8 +192,8 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by
         "final_loss_smoothed": progress.loss_rows[-1]["loss_smoothed"] if progress.loss_rows else None,
         "skipped_steps": progress.skipped,
         "rollbacks": progress.rollbacks,
-        "processes": trainer.world.size,
-        "device": trainer.device.type,
+        "processes": int(made_by["processes"]),
+        "device": made_by["device"].split(":")[0],
         "precision": str(trainer.dtype).removeprefix("torch."),
     }
     if progress.fd_rows:
@@ -205,16 +204,19 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str, made_by
         "weights": "ema",
         "data_digest": data_digest,
         "fingerprint": trainer.folder.name,
-        "run_id": tracker.run_id,
+        "run_id": tracker.run_id or remembered(trainer.folder / JOURNAL),
         "name": run_name(trainer.config),
         "origin": made_by,
     }
-    save_model(paths.MODEL, trainer.best, trainer.config, about)
+    save_model(paths.MODEL, trainer.best, trained_from_dict(trainer.begun["config"]), about)
     paths.TRAIN_METRICS.parent.mkdir(parents=True, exist_ok=True)
     paths.TRAIN_METRICS.write_text(json.dumps(metrics, indent=2) + "\n")
     _write_curves(trainer)
     shutil.rmtree(paths.PREVIEWS, ignore_errors=True)
     shutil.copytree(trainer.folder / "previews", paths.PREVIEWS)
+    if others := outdated_previews(trainer):
+        steps = ", ".join(map(str, others))
+        print(f"train: previews of steps {steps} stay as other code or params drew them", file=sys.stderr)
     numbers = {key.removeprefix("final_"): value for key, value in metrics.items() if isinstance(value, int | float)}
     tracker.metrics({f"final/{key}": float(value) for key, value in numbers.items()}, progress.step)
     for path in (paths.MODEL, paths.MODEL_CARD):

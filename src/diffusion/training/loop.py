@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import TrainedConfig
+from diffusion.config import TrainedConfig, to_dict
 from diffusion.data.dataset import Batches, Dataset
 from diffusion.data.pixels import to_tensor
 from diffusion.distributed import ALONE, World, data_parallel
@@ -50,11 +50,13 @@ class Trainer:
         device: torch.device,
         world: World = ALONE,
         score: "Callable[[Trainer], float] | None" = None,  # of the averaged weights; all ranks get the same
+        origin: Mapping[str, str] | None = None,  # commit, machine, ... for the checkpoints, which keep the first
     ) -> None:
         if config.train.best_by == "fd_lite0" and score is None:
             raise ValueError("train.best_by = fd_lite0 and nothing computes it")
         self._score = score
         self.config, self.folder, self.device, self.world = config, folder, device, world
+        self.begun = {"config": to_dict(config), "origin": dict(origin or {})}  # how the training began
         self.share = world.share(config.train.batch_size)  # positions in the batch
         if world.size > config.train.batch_size:
             world.fail(f"{world.size} processes cannot share train.batch_size = {config.train.batch_size}: raise it")
@@ -171,6 +173,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress) | {"recent": self._recent},
             "precision": str(self.dtype).removeprefix("torch."),
+            **self.begun,
         }
         checkpoint.save(state, self.folder, self.progress.step)
 
@@ -258,8 +261,8 @@ class Trainer:
 
     def _restore(self) -> None:
         """Take up rank 0's newest checkpoint; the other ranks need not see its folder."""
-        alone = self.world.size == 1
-        state = checkpoint.latest(self.folder, self.device if alone else "cpu") if self.world.is_main else None
+        device = self.device if self.world.size == 1 else "cpu"
+        state = checkpoint.latest(self.folder, device, self.config) if self.world.is_main else None
         state = self.world.broadcast(state)
         if state is None:
             self.save()  # a rollback always finds one
@@ -270,6 +273,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.config.train.precision == "auto":  # what it was begun with, whatever this machine would choose
             self.dtype = self.loss.dtype = getattr(torch, state["precision"])
+        self.begun = {key: state.get(key, value) for key, value in self.begun.items()}
         values: dict[str, Any] = state["progress"]
         self._recent, self._unread = values.pop("recent"), []
         self.progress = Progress(**values)

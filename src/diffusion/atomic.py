@@ -1,0 +1,52 @@
+"""Files that are whole or not there at all, whatever kills the process or cuts the power."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the place of `path` once the block ends; an error leaves `path` as it was.
+
+    `path` may be a link into DVC's cache: what it links to stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            sync(file)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a file that is on the disk to `path`, in the same folder, and have the disk know of it."""
+    temporary.replace(path)
+    if os.name == "posix":  # a folder is no file elsewhere
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            _fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(file: BinaryIO) -> None:
+    """Have all that was written to `file` on the disk."""
+    file.flush()
+    _fsync(file.fileno())
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
