@@ -8,14 +8,15 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from helpers.commands import run, run_all, wait_for_file, write_params
+from helpers.locked import interrupt, locked
 from helpers.preloaded import Command
 from helpers.worlds import in_world
 from PIL import Image
@@ -100,7 +101,7 @@ def test_a_stopped_sampling_goes_on_to_the_same_images(
     np.testing.assert_array_equal(samples(), whole)
     png_files_are(whole)
     assert (paths.SAMPLES / "denoising.png").read_bytes() == strip
-    assert not [*paths.RUNS.glob("*/samples-*")]
+    assert not [*paths.RUNS.glob("*/samples-*/*")]
 
 
 @pytest.mark.parametrize(
@@ -144,21 +145,111 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(trained: Path, monkeypa
     assert samples().shape == (14, 32, 32, 3)
 
 
-def test_who_draws_other_samples_here_is_kept_out_too(trained: Path) -> None:
+def test_who_draws_other_samples_here_is_waited_for_too(trained: Path) -> None:
     """A stage that outlived its killed `dvc` would go on to write its images among these."""
-    paths.SAMPLE_LOCK.parent.mkdir(exist_ok=True)
-    with FileLock(paths.SAMPLE_LOCK):
+    with locked(paths.SAMPLE_LOCK):
         result = run("sample", "--sample.steps", "3")
-    assert result.exit_code == 2
+    assert result.exit_code == 0
     assert "is sampling here" in result.output
 
 
-def test_the_networks_code_is_part_of_what_images_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, before = sample.code_digests, sample._code()
-    for name in ("unet", "layers", "schedules", "parameterization", "denoiser"):
-        monkeypatch.setattr(sample, "code_digests", lambda *s, of=f"model/{name}.py": {**whole(*s), of: "edited"})
-        assert f"model/{name}.py" in whole("sampling/generation.py", "model/model_file.py")
-        assert sample._code() != before
+def test_images_that_are_there_are_kept(trained: Path, batches: dict[str, object]) -> None:
+    """Byte for byte, for what no image depends on; what shows them is made anew."""
+    run_all("sample")
+    whole = samples()
+    files = {path: path.read_bytes() for path in paths.SAMPLES.rglob("*") if path.is_file()}
+    inode = paths.SAMPLES_NPZ.stat().st_ino
+    (paths.SAMPLES / "grid.png").write_bytes(b"old")
+    (paths.SAMPLES / "classes.png").write_bytes(b"of another model")
+    batches["drawn"] = []
+    result = run("sample")
+    assert "sample: samples/images.npz has these images already: they are kept" in result.output
+    assert batches["drawn"] == []
+    assert {path: path.read_bytes() for path in paths.SAMPLES.rglob("*") if path.is_file()} == files
+    assert paths.SAMPLES_NPZ.stat().st_ino == inode
+
+    write_params(**OVERRIDES | {"sample.save_png": False, "sample.batch_size": 3})
+    run_all("sample")
+    assert not (paths.SAMPLES / "png").exists()
+    write_params(**OVERRIDES)
+    run_all("sample")
+    png_files_are(whole)
+    assert batches["drawn"] == []
+
+
+def torn() -> None:
+    paths.SAMPLES_NPZ.write_bytes(paths.SAMPLES_NPZ.read_bytes()[:-1])
+
+
+def flipped() -> None:
+    raw = bytearray(paths.SAMPLES_NPZ.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    paths.SAMPLES_NPZ.write_bytes(raw)
+
+
+def old_card() -> None:
+    card = json.loads(paths.SAMPLES_CARD.read_text())
+    del card["images"]
+    paths.SAMPLES_CARD.write_text(json.dumps(card))
+
+
+def other_model() -> None:
+    weights = bytearray(paths.MODEL.read_bytes())
+    weights[-1] ^= 1
+    paths.MODEL.write_bytes(weights)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torn,
+        flipped,
+        old_card,
+        other_model,
+        lambda: paths.SAMPLES_CARD.write_text("{torn"),
+        lambda: paths.SAMPLES_NPZ.unlink(),
+        lambda: write_params(**OVERRIDES | {"sample.steps": 3}),
+        lambda: write_params(**OVERRIDES | {"seed": 1}),
+        "code",
+    ],
+)
+def test_other_or_damaged_images_are_drawn_anew(
+    trained: Path, batches: dict[str, object], monkeypatch: pytest.MonkeyPatch, change: object
+) -> None:
+    run_all("sample")
+    if change == "code":
+        monkeypatch.setattr(sample, "code_digests", lambda *_, **__: {"sampling/samplers.py": "edited"})
+    else:
+        change()  # type: ignore[operator]
+    batches["drawn"] = []
+    assert "are kept" not in run("sample").output
+    assert batches["drawn"] == [range(4), range(4, 8), range(8, 12), range(12, 14)]
+    card = json.loads(paths.SAMPLES_CARD.read_text())
+    assert card["images"]["sha256"] == sha256(paths.SAMPLES_NPZ.read_bytes()).hexdigest()
+
+
+def test_old_images_are_not_taken_for_new_ones(trained: Path, batches: dict[str, object]) -> None:
+    """A stage that is stopped leaves no card, and nothing that a card could be written for."""
+    run_all("sample")
+    write_params(**OVERRIDES | {"sample.steps": 3, "sample.save_png": False})
+    batches |= {"drawn": [], "at": 1, "error": KeyboardInterrupt()}
+    assert run("sample").exit_code == 130
+    assert not [path for path in paths.SAMPLES.rglob("*") if path.is_file()]
+
+
+def test_links_into_a_cache_are_replaced_and_not_written_through(trained: Path, tmp_path: Path) -> None:
+    run_all("sample")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for path in [path for path in paths.SAMPLES.rglob("*") if path.is_file()]:
+        path.rename(cache / path.name)
+        path.hardlink_to(cache / path.name)
+    before = {path: path.read_bytes() for path in cache.iterdir()}
+    run_all("sample")
+    assert "are kept" in run("sample").output
+    write_params(**OVERRIDES | {"sample.steps": 3})
+    run_all("sample")
+    assert {path: path.read_bytes() for path in cache.iterdir()} == before
 
 
 def test_guidance_is_not_shown_of_a_network_that_always_knew_the_class(workspace: Path) -> None:
@@ -169,27 +260,27 @@ def test_guidance_is_not_shown_of_a_network_that_always_knew_the_class(workspace
     assert not (paths.SAMPLES / "guidance.png").exists()
 
 
-def test_a_second_process_is_kept_out(trained: Path, batches: dict[str, object]) -> None:
+def test_a_second_process_waits_and_goes_on(trained: Path, batches: dict[str, object]) -> None:
     batches |= {"at": 1, "error": KeyboardInterrupt()}
     run("sample")
-    (folder,) = paths.RUNS.glob("*/samples-*")
-    with FileLock(folder / "lock"):
+    batches["at"] = None
+    (lock,) = paths.RUNS.glob("*/samples-*.lock")
+    with locked(lock):
         result = run("sample")
-    assert result.exit_code == 2
-    assert "is drawing these samples" in result.output
+    assert result.exit_code == 0
+    assert "waiting for another process (" in result.output
+    assert "), which is drawing these samples\n" in result.output
+    assert "resuming: 4 of 14" in result.output
 
 
-def test_a_process_that_is_kept_out_leaves_the_run_alone(
-    trained: Path, batches: dict[str, object], monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_waits_leaves_the_run_alone_and_can_be_stopped(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches |= {"at": 1, "error": KeyboardInterrupt()}
-    run("sample")
-    (lock,) = [folder / "lock" for folder in paths.RUNS.glob("*/samples-*")]
     monkeypatch.setattr(runs, "attach", lambda *_, **__: pytest.fail("it attaches to the run"))
-    with FileLock(lock):
+    with locked(paths.SAMPLE_LOCK, then=interrupt):
         result = run("sample")
-    assert result.exit_code == 2
-    assert "wait for it, or stop it" in result.output
+    assert result.exit_code == 130
+    assert "waiting for another process (" in result.output
 
 
 @pytest.mark.slow
@@ -205,6 +296,7 @@ def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_numb
     assert "Traceback" not in said
     assert "resuming: " in run("sample").output
     resumed = samples()
+    shutil.rmtree(paths.SAMPLES)
     run_all("sample")
     np.testing.assert_array_equal(resumed, samples())
 
@@ -214,6 +306,7 @@ def test_torchruns_workers_draw_the_same_images(trained: Path) -> None:
     """The stage as users start it."""
     run_all("sample")
     alone = samples()
+    shutil.rmtree(paths.SAMPLES)
     write_params(**OVERRIDES | {"sample.processes": 2})
     process = Command("stages.sample")
     said = process.wait()

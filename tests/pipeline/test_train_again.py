@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.commands import run, run_all, start, wait_for_checkpoint, write_params
+from helpers.commands import run, run_all, wait_for_checkpoint, write_params
 from helpers.locked import interrupt, locked
+from helpers.preloaded import Command
 
 from diffusion import paths
 from diffusion.tracking import runs
@@ -127,28 +128,21 @@ def test_waiting_can_be_stopped(workspace: Path) -> None:
     assert not paths.MODEL.exists()
 
 
-@pytest.mark.slow
 def test_what_outlived_a_killed_dvc_is_waited_for(workspace: Path) -> None:
     """The first trainer is killed at last; the second goes on where it was."""
     write_params(**{"train.steps": 100_000, "train.preview_every": 100_000, "train.validate_every": 100_000})
     run_all("prepare")
-    first = start("stages.train")
+    first = Command("stages.train")
     try:
         wait_for_checkpoint(3, first)
-        second = start("stages.train")
-        try:
-            assert second.stderr is not None
-            line = second.stderr.readline()
-            assert line == f"waiting for another process ({first.pid}), which is training the same\n"
-            first.kill()
-            assert "resuming at step" in second.stderr.readline()
-            second.send_signal(signal.SIGINT)
-            assert "stopped at step" in second.communicate(timeout=60)[1]
-        finally:
-            second.kill()
+        second = Command("stages.train")
+        second.wait_for(f"waiting for another process ({first.pid}), which is training the same\n")
     finally:
-        first.kill()
-        first.communicate()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    second.wait_for("resuming at step")
+    second.send_signal(signal.SIGINT)
+    assert "stopped at step" in second.wait()
 
 
 def test_previews_of_other_code_are_drawn_again_where_their_weights_are_there(

@@ -34,6 +34,7 @@ def judge(params: Params) -> None:
         about = world.together(_read_card)
         drawn_with, code, made_by = about.pop("config"), about.pop("code", None), about.pop("made_by", {})
         about.pop("trained", None)  # the model's card has it
+        about.pop("images", None)
         model = world.together(lambda: _model_of(about))
         run = paths.RUNS / about["fingerprint"]
         lock = only_process(run / "evaluate.lock", "is scoring samples of this model", wait=True)

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.code_digest import code_digests
+from diffusion.atomic import replacing
+from diffusion.code_digest import LIBRARY, code_digests
 from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
 from diffusion.data import grids
+from diffusion.data.npz import read_npz
 from diffusion.distributed import World, joined
-from diffusion.locks import only_process
+from diffusion.locks import enter_alone, only_process
 from diffusion.model.card import is_guidable, read_card
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.model_file import load_denoiser
@@ -50,9 +53,12 @@ PNG = paths.SAMPLES / "png"
 def draw(params: Params) -> None:
     """Write samples/: images.npz, card.json, grid.png, denoising.png and, if `sample.save_png`, png/00000.png ...
 
+    Images that are there already, and whole, are kept, and only what shows them is made anew. It waits for a process
+    that draws the same images, or any others here.
+
     Raises:
-        UserError: there is no usable model, another process is at this, the device is not on this machine or too
-            small for one image, or a file cannot be written.
+        UserError: there is no usable model, the device is not on this machine or too small for one image, or a file
+            cannot be written.
         KeyboardInterrupt: it was asked to stop (Ctrl-C, SIGTERM); finished batches were saved first.
     """
     with joined(params.sample.device) as (world, device), contextlib.ExitStack() as held:
@@ -60,50 +66,76 @@ def draw(params: Params) -> None:
         run = paths.RUNS / card["fingerprint"]
         keep_freed_memory()
         denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
-        parts = Parts(run / f"samples-{identity(params, denoiser, device)}")
-        world.together(lambda: held.enter_context(_only_one(parts.folder)) if world.is_main else None)
+        identity = drawing_identity(params, _digest(paths.MODEL), str(denoiser.dtype), device.type)
+        parts = Parts(run / f"samples-{identity}")
+        enter_alone(held, world, lambda waiting: _only_one(parts.folder, waiting))
         tracker = _attach(params, card, run) if world.is_main else NullTracker()
         with runs.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
-            start = time.perf_counter()
-            try:
-                _draw(params, denoiser, parts, card, world, device)
-            except KeyboardInterrupt:
-                if not world.is_main:
-                    sys.exit(130)
-                raise KeyboardInterrupt("stopped; finished batches are kept, `dvc repro` goes on from there") from None
-            seconds = time.perf_counter() - start
-            tracker.metrics({"sample/seconds": seconds, "sample/num_images": params.sample.num_images}, card["step"])
+            if not world.broadcast(_is_drawn(identity) if world.is_main else None):
+                _draw(params, denoiser, parts, world, device, tracker, card["step"])
+            elif world.is_main:
+                _keep(params)
+            if world.is_main:
+                _describe(params, denoiser, card, identity, device)
+                parts.remove()
             for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png"):
                 tracker.artifact(picture, "samples")
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
+def _only_one(folder: Path, waiting: Callable[[], object]) -> Iterator[None]:
     """Keep out who draws these samples elsewhere, and who draws any others here."""
-    with only_process(folder / "lock", "is drawing these samples"), only_process(paths.SAMPLE_LOCK, "is sampling here"):
+    these = only_process(folder.with_suffix(".lock"), "is drawing these samples", wait=True, waiting=waiting)
+    with these, only_process(paths.SAMPLE_LOCK, "is sampling here", wait=True, waiting=waiting):
         yield
 
 
-def identity(params: Params, denoiser: Denoiser, device: torch.device) -> str:
-    """16 hex digits that name all that the images depend on: model, params, seed, arithmetic and code."""
-    with paths.MODEL.open("rb") as file:
-        model = hashlib.file_digest(file, "sha256").hexdigest()
+def drawing_identity(params: Params, model: str, precision: str, device: str) -> str:
+    """16 hex digits that name all that the images depend on; `model` is the digest of its file."""
     known = {
         "sample": {key: value for key, value in to_dict(params.sample).items() if key not in NOT_IN_IMAGES},
         "seed": params.seed,
-        "device": device.type,
-        "precision": str(denoiser.dtype),
+        "device": device,
+        "precision": precision,
         "model": model,
-        "code": _code(),
+        "code": drawing_code(),
+        "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _code() -> str:
+def drawing_code(library: Path = LIBRARY) -> str:
     """Digest of the code that decides what an image is: the sampling, and the network as it is loaded."""
-    code = code_digests("sampling/generation.py", "model/model_file.py")
+    code = code_digests("sampling/generation.py", "model/model_file.py", library=library)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_drawn(identity: str) -> bool:
+    """Whether samples/ holds the images of this identity, byte for byte as they were written."""
+    try:
+        known = json.loads(paths.SAMPLES_CARD.read_text())["images"]
+        return known == {"identity": identity, "sha256": _digest(paths.SAMPLES_NPZ)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _images() -> np.ndarray:
+    """uint8 (N, H, W, C), as they were written."""
+    (images,) = read_npz(paths.SAMPLES_NPZ, "images")
+    return images
+
+
+def _clear(*kept: Path) -> None:
+    """Remove what DVC left in samples/ but `kept`; the card first, so that nobody takes old images for new ones."""
+    found = [path for path in (paths.SAMPLES_CARD, *paths.SAMPLES.glob("*")) if path not in kept]
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
@@ -114,13 +146,41 @@ def _attach(params: Params, card: dict[str, Any], run: Path) -> Tracker:
     )
 
 
+def _keep(params: Params) -> None:
+    """The images stay, what shows them is made anew."""
+    print(f"sample: {paths.SAMPLES_NPZ} has these images already: they are kept", file=sys.stderr)
+    _clear(paths.SAMPLES_CARD, paths.SAMPLES_NPZ)
+    if params.sample.save_png:
+        grids.save_all(_images(), PNG)
+
+
 def _draw(
-    params: Params, denoiser: Denoiser, parts: Parts, card: dict[str, Any], world: World, device: torch.device
+    params: Params,
+    denoiser: Denoiser,
+    parts: Parts,
+    world: World,
+    device: torch.device,
+    tracker: Tracker,
+    step: int,  # of the model
 ) -> None:
-    _draw_parts(params, denoiser, parts, world, device)
+    """Write images.npz and the PNG files."""
     if world.is_main:
-        _write_outputs(params, denoiser, parts.collect(params.sample.num_images), card, device)
-        parts.remove()
+        _clear()
+    start, count = time.perf_counter(), params.sample.num_images
+    try:
+        _draw_parts(params, denoiser, parts, world, device)
+    except KeyboardInterrupt:
+        if not world.is_main:
+            sys.exit(130)
+        raise KeyboardInterrupt("stopped; finished batches are kept, `dvc repro` goes on from there") from None
+    if world.is_main:
+        arrays = {"images": parts.collect(count)}
+        labels = generation.labels_of(params.sample, denoiser.num_classes, range(count))
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        with replacing(paths.SAMPLES_NPZ) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    tracker.metrics({"sample/seconds": time.perf_counter() - start, "sample/num_images": count}, step)
 
 
 def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, device: torch.device) -> None:
@@ -174,17 +234,10 @@ def _missing(config: SampleConfig, parts: Parts, size: int) -> list[range]:
     return [batch for gap in missing(done, config.num_images) for batch in generation.cut(gap, size)]
 
 
-def _write_outputs(
-    params: Params, denoiser: Denoiser, drawn: np.ndarray, card: dict[str, Any], device: torch.device
-) -> None:
-    """images.npz, its card, the grid and the strip."""
+def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity: str, device: torch.device) -> None:
+    """The pictures, and last the card, which says that all is there."""
+    _write_pictures(params, denoiser, is_guidable(card), device)
     config = params.sample
-    paths.SAMPLES.mkdir(parents=True, exist_ok=True)
-    labels = generation.labels_of(config, denoiser.num_classes, range(config.num_images))
-    if labels is None:
-        np.savez(paths.SAMPLES_NPZ, images=drawn)
-    else:
-        np.savez(paths.SAMPLES_NPZ, images=drawn, labels=labels.numpy())
     about = {
         "config": to_dict(config),
         **{
@@ -197,16 +250,24 @@ def _write_outputs(
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
         "made_by": {"name": card.get("name"), "origin": card.get("origin", {})},
         "trained": {section: card["config"][section] for section in ("diffusion", "model")},
-        "code": _code(),
+        "code": drawing_code(),
+        "images": {"identity": identity, "sha256": _digest(paths.SAMPLES_NPZ)},
     }
-    paths.SAMPLES_CARD.write_text(json.dumps(about, indent=2) + "\n")
+    with replacing(paths.SAMPLES_CARD) as file:
+        file.write(json.dumps(about, indent=2).encode() + b"\n")
+
+
+def _write_pictures(params: Params, denoiser: Denoiser, guidable: bool, device: torch.device) -> None:
+    """The grid and the strip; of a network that knows classes also rows of them, and guidances."""
+    config, drawn = params.sample, _images()
     grids.save_png(grids.grid(drawn[:GRID_IMAGES], columns=8, scale=grids.zoom(drawn)), paths.SAMPLES / "grid.png")
     shown = range(min(STRIP_IMAGES, config.num_images))
     strip = panels.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
     grids.save_png(grids.strip(strip.numpy(), scale=grids.zoom(drawn)), paths.SAMPLES / "denoising.png")
+    labels = generation.labels_of(config, denoiser.num_classes, range(config.num_images))
     if labels is not None:
         _write_classes(drawn, labels)
-        if is_guidable(card):
+        if guidable:
             _write_guidances(params, denoiser, device, grids.zoom(drawn))
 
 

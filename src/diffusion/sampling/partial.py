@@ -1,6 +1,5 @@
 """Finished batches of images on disk, until the whole set is there: what a stopped sampling goes on from."""
 
-import os
 import re
 import shutil
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion.atomic import replacing
 from diffusion.data.npz import UNREADABLE, read_npz
 from diffusion.errors import UserError
 
@@ -21,15 +21,8 @@ class Parts:
 
     def save(self, indices: range, images: np.ndarray) -> None:
         """Keep uint8 (N, H, W, C) images: whole, or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(indices)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, images=images)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self._path(indices)) as file:
+            np.savez(file, images=images)
 
     def found(self) -> Iterator[tuple[range, np.ndarray]]:
         """Every part that is whole, in order; a damaged one is left out, and so drawn again."""
