@@ -246,7 +246,7 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
         raise ValueError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion.report.page._write", fail)
+        patch.setattr("diffusion.pipeline.report.write_page", fail)
         with pytest.raises(ValueError, match="no room"):
             run("report")
     failed = client.get_run(found.info.run_id)
