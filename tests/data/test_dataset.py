@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion import paths
 from diffusion.data import dataset, pixels
 from diffusion.errors import UserError
 
@@ -67,6 +69,35 @@ def test_split_refuses_impossible_counts(count: int) -> None:
         dataset.split(np.arange(100, dtype=np.uint8) % 10, count)
 
 
+def test_what_was_prepared_is_loaded_and_must_fit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is missing: run `dvc repro prepare`"):
+        dataset.Dataset.load()
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
+    for folder in (paths.IMAGES, paths.PREPARED):
+        folder.mkdir(parents=True)
+    np.save(paths.TRAIN_IMAGES, images)
+    with pytest.raises(UserError, match="data/prepared is not usable"):
+        dataset.Dataset.load()
+    np.save(paths.TRAIN_LABELS, np.arange(7, dtype=np.uint8))
+    np.savez(paths.SPLIT, train=np.array([0, 1, 3, 6]), val=np.array([2, 4, 5]))
+    paths.DATA_CARD.write_text('{"digest": "abc"}')
+    found = dataset.Dataset.load()
+    assert found.images.numpy().tolist() == images.tolist()
+    assert (found.train.tolist(), found.val.tolist()) == ([0, 1, 3, 6], [2, 4, 5])
+    assert (found.digest, found.labels.tolist(), found.labels.dtype) == ("abc", list(range(7)), torch.int64)
+    assert found.image_shape == (3, 4, 5)
+    others = [dataclasses.replace(found, **{name: torch.tensor([1])}) for name in ("train", "val")]
+    others.append(dataclasses.replace(found, digest="abd"))
+    assert len({data.identity for data in [found, *others, dataset.Dataset.load()]}) == 4
+    for place, array in ((paths.TRAIN_LABELS, np.arange(6, dtype=np.uint8)), (paths.TRAIN_IMAGES, images[:6])):
+        before = place.read_bytes()
+        np.save(place, array)
+        with pytest.raises(UserError, match="does not belong to"):
+            dataset.Dataset.load()
+        place.write_bytes(before)
+
+
 def numbered(count: int) -> dataset.Dataset:
     """Image i is filled with i on its left half and 255 - i on its right; the last five are for validation."""
     column = torch.arange(count + 5, dtype=torch.uint8).view(-1, 1, 1, 1)
@@ -122,6 +153,18 @@ def test_shares_of_a_batch_are_parts_of_the_whole() -> None:
         assert torch.cat([part(step) for part in parts]).equal(whole(step))
         assert torch.cat([part.labels(step) for part in parts]).equal(whole.labels(step))
         assert whole.labels(step).equal(whole.indices(step)), "image i of `numbered` has the label i"
+
+
+def test_images_live_on_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.empty((100, 4, 4, 3), dtype=torch.uint8)
+    for free, fits in ((12_000, True), (11_999, False)):  # 4,800 bytes are 0.4 of 12,000
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**9))
+        assert dataset.fits(images, torch.device("cuda")) == fits
+    monkeypatch.setattr(dataset, "MPS_BYTES", 4800)
+    assert dataset.fits(images, torch.device("mps"))
+    monkeypatch.setattr(dataset, "MPS_BYTES", 4799)
+    assert not dataset.fits(images, torch.device("mps"))
+    assert not dataset.fits(images, CPU), "on a CPU they may stay mapped"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -42,6 +42,11 @@ def test_a_strip_has_a_row_an_image_and_a_column_a_stage() -> None:
     assert made.tolist() == [[10, 11, 12], [20, 21, 22]]
 
 
+@pytest.mark.parametrize(("height", "times"), [(2, 32), (32, 2), (33, 1), (64, 1), (100, 1)])
+def test_images_are_enlarged_to_at_most_64_pixels(height: int, times: int) -> None:
+    assert grids.zoom(np.empty((5, 1, height, 7, 3), np.uint8)) == times
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_saved_file_decodes_to_its_image(tmp_path: Path, channels: int) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (30, 8, 6, channels), dtype=np.uint8)

@@ -205,6 +205,16 @@ def test_file_that_changed_between_two_answers_is_fetched_anew(serve: Callable[.
     assert_complete(target)
 
 
+def test_wrong_bytes_that_were_continued_twice_are_not_kept(serve: Callable[..., Server], target: Path) -> None:
+    part_of(target, b"x" * 1000)
+    wrong = b"y" * 5000
+    server = serve(*[lambda handler: handler.body(wrong), lambda handler: handler.body(wrong, only=1000)] * 2)
+    with pytest.raises(FetchError, match=f"not {SHA256}"):
+        http.download(server.url, target, sha256=SHA256, limits=PATIENT)
+    assert server.ranges == ["bytes=1000-", None, "bytes=1000-"]
+    assert {path.name for path in target.parent.iterdir()} == {".lock"}
+
+
 @pytest.mark.parametrize("part", [None, b"x" * 1000])
 def test_wrong_bytes_are_not_kept(serve: Callable[..., Server], target: Path, part: bytes | None) -> None:
     part_of(target, part)
@@ -316,3 +326,16 @@ def test_pace_looks_at_the_last_seconds_only(monkeypatch: pytest.MonkeyPatch) ->
     clock[0] = 84
     with pytest.raises(FetchError, match="too slow: 0 kB/s"):
         pace.check(received)
+
+
+def test_pace_is_judged_over_the_time_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    enough, slow = (http._Pace(Limits(min_bytes_per_second=3000, patience_seconds=20)) for _ in range(2))
+    for clock[0] in range(1, 61):
+        enough.check(3000 * clock[0])
+        if clock[0] < 20:
+            slow.check(2000 * clock[0])
+        elif clock[0] == 20:
+            with pytest.raises(FetchError, match=r"^too slow: 2 kB/s over 20 s, under 3 kB/s$"):
+                slow.check(2000 * clock[0])

@@ -7,6 +7,7 @@ import pytest
 from helpers.pictures import pictures
 
 from diffusion.data.image_sets import load_samples
+from diffusion.data.npz import load_images
 from diffusion.errors import UserError
 from diffusion.metrics import extraction
 
@@ -17,19 +18,21 @@ from diffusion.metrics import extraction
         pictures(5).astype(np.float32) / 255,
         np.full((5, 8, 8, 3), np.nan, np.float32),
         np.full((5, 8, 8, 3), 300.0),
+        np.array([[0.0, np.inf]] * 96, np.float32).reshape(2, 4, 8, 3),
         pictures(5).transpose(0, 3, 1, 2),
         pictures(5)[..., 0],
         pictures(5)[:1],
         pictures(5).astype(np.int64),
         np.zeros((), np.uint8),
     ],
-    ids=["float", "nan", "range", "nchw", "gray", "one", "int64", "scalar"],
+    ids=["float", "nan", "range", "infinity", "nchw", "gray", "one", "int64", "scalar"],
 )
 def test_samples_of_another_kind_are_one_line(tmp_path: Path, array: np.ndarray) -> None:
     np.savez(tmp_path / "s.npz", images=array)
     with pytest.raises(UserError, match="uint8 images") as caught:
         load_samples(tmp_path / "s.npz")
     assert "\n" not in str(caught.value)
+    assert ("with NaN or infinity" in str(caught.value)) == (not np.isfinite(array).all())
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -67,3 +70,25 @@ def test_missing_and_broken_sample_files_are_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", pictures=pictures(2))
     with pytest.raises(UserError, match="npz"):
         load_samples(tmp_path / "s.npz")
+
+
+def test_labelled_images_come_back_or_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "l.npz"
+    with pytest.raises(UserError, match="is missing: run `dvc repro`"):
+        load_images(path)
+    np.savez(path, images=pictures(5), labels=np.arange(5))
+    images, labels = load_images(path)
+    assert (images.tolist(), labels.tolist()) == (pictures(5).tolist(), [0, 1, 2, 3, 4])
+    whole = {"images": pictures(5), "labels": np.arange(5)}
+    for change in (
+        {"images": pictures(5)[..., 0]},
+        {"images": pictures(5)[None]},
+        {"images": pictures(5).astype(np.float32)},
+        {"labels": np.arange(4)},
+    ):
+        np.savez(path, **{**whole, **change})
+        with pytest.raises(UserError, match="with N labels"):
+            load_images(path)
+    np.savez(path, images=pictures(5))
+    with pytest.raises(UserError, match="not an npz file with images and labels"):
+        load_images(path)

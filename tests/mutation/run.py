@@ -8,12 +8,14 @@ import argparse
 import ast
 import difflib
 import importlib
+import math
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +36,7 @@ LARGE = (
 )
 COPIED = ("src", "tests", "stages", "benchmarks", "params")
 BITS = ("Bit", "Shift", "NoOp")  # faults that nobody makes: a + b to a >> b raises in any test
-SECONDS = 600  # of a room's tests; a mutant that takes longer hangs, which is seen
+SECONDS = 600  # of a room's tests
 
 
 def places(path: Path) -> Iterator[tuple[Path, str, int, tuple[int, int]]]:
@@ -53,16 +55,20 @@ def sample(folder: Path, count: int, seed: int) -> Iterator[tuple[Path, str]]:
     random.Random(seed).shuffle(everything)
     taken: set[tuple[Path, tuple[int, int]]] = set()
     for path, name, k, start in everything:
-        source = path.read_text()
-        mutant = mutate_code(source, get_operator(name)(), k)
-        if len(taken) < count and (path, start) not in taken and meaning(mutant) != meaning(source):
+        if len(taken) == count:
+            return
+        mutant = mutate_code(path.read_text(), get_operator(name)(), k)
+        if (path, start) not in taken and meaning(mutant) not in ("", meaning(path.read_text())):
             taken.add((path, start))
             yield path, mutant
 
 
 def meaning(source: str) -> str:
-    """The syntax tree without the types of arguments and results."""
-    tree = ast.parse(source)
+    """The syntax tree without the types of arguments and results; empty where there is none (f(*, x) made f(%, x))."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
             node.annotation = None
@@ -71,14 +77,14 @@ def meaning(source: str) -> str:
     return ast.dump(tree)
 
 
-def passes(copy: Path, room: str, first: str) -> bool:
+def passes(copy: Path, room: str, first: str, seconds: float) -> bool:
     """Whether the room's quick tests pass, those of the module `first` before the others; in a forked process."""
     tests = sorted(
         (copy / "tests" / room).glob("test_*.py"), key=lambda p: (p.stem != f"test_{first}", p.stat().st_size)
     )
     if child := os.fork():
         return os.waitpid(child, 0)[1] == 0
-    signal.alarm(SECONDS)
+    signal.alarm(math.ceil(seconds))
     os.chdir(copy)
     sys.path[:0] = [str(copy / part) for part in ("src", "tests", ".")]
     null = os.open(os.devnull, os.O_RDWR)
@@ -123,20 +129,21 @@ def main() -> None:
 
 
 def judge(copy: Path, room: str, count: int, seed: int) -> None:
-    if not passes(copy, room, ""):
+    begin = time.monotonic()
+    if not passes(copy, room, "", SECONDS):
         sys.exit(f"{room}: the tests fail without any fault: run pytest tests/{room}")
+    limit = 20 + 4 * (time.monotonic() - begin)  # a mutant that takes longer hangs, which is seen
     tried = killed = 0
     for path, mutant in sample(copy / "src/diffusion" / room, count, seed):
         original = path.read_text()
         path.write_text(mutant)
-        seen = not passes(copy, room, path.stem)
+        seen = not passes(copy, room, path.stem, limit)
         path.write_text(original)
         tried, killed = tried + 1, killed + seen
         if not seen:
-            name = str(path.relative_to(copy))
-            print(
-                *difflib.unified_diff(original.split("\n"), mutant.split("\n"), name, name, lineterm="", n=0), sep="\n"
-            )
+            name, lines = str(path.relative_to(copy)), (original.split("\n"), mutant.split("\n"))
+            print(*difflib.unified_diff(*lines, name, name, lineterm="", n=0), sep="\n", flush=True)
+        print(f"{room}: {killed} of {tried}", end="\r", file=sys.stderr, flush=True)
     print(f"{room}: {killed} of {tried} mutants seen", flush=True)
 
 
