@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.atomic import replacing
 from diffusion.data.npz import UNREADABLE, read_npz
 from diffusion.distributed import ALONE, World
 from diffusion.errors import UserError
@@ -33,19 +33,9 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write an npz file: whole, or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         features = np.empty((0, len(self.mean)), np.float32) if self.features is None else self.features.numpy()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                key = json.dumps(self.key, sort_keys=True)
-                np.savez(file, mean=self.mean, cov=self.cov, key=key, features=features)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(path) as file:
+            np.savez(file, mean=self.mean, cov=self.cov, key=json.dumps(self.key, sort_keys=True), features=features)
 
     @staticmethod
     def load(path: Path, extractor: Mapping[str, str], **expected: object) -> "Reference":
