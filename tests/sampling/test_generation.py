@@ -1,17 +1,12 @@
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion.config import trained
 from diffusion.errors import UserError
 from diffusion.model.denoiser import Denoiser, Prediction
-from diffusion.model.model_file import load_model, save_model
 from diffusion.model.schedules import make_schedule
 from diffusion.model.unet import UNet
 from diffusion.sampling import generation, panels
@@ -115,42 +110,6 @@ def test_more_steps_than_the_model_has_are_one_line(tiny, denoiser: Denoiser) ->
     config = dataclasses.replace(tiny().sample, steps=known + 1)
     with pytest.raises(UserError, match=f"sample.steps = {known + 1}: this model has {known} steps"):
         next(iter(generation.trajectory(denoiser, config, 0, range(1), CPU)))
-
-
-def test_a_model_comes_back_as_it_was_saved(tiny, tmp_path: Path) -> None:
-    config = trained(tiny())
-    net = UNet(config.model).eval()
-    torch.nn.init.normal_(net.head.weight)
-    save_model(tmp_path / "m.safetensors", net.state_dict(), config, {"step": 3})
-    loaded, loaded_config = load_model(tmp_path / "m.safetensors")
-    assert loaded_config == config
-    assert not loaded.training
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 30])
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x, t), net(x, t), rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "m.json").read_text())["step"] == 3
-
-
-@pytest.mark.parametrize("damage", ["no weights", "no card", "cut weights", "other weights", "no JSON", "old card"])
-def test_an_unusable_model_is_one_line(tiny, tmp_path: Path, damage: str) -> None:
-    config = trained(tiny())
-    path, card = tmp_path / "m.safetensors", tmp_path / "m.json"
-    save_model(path, UNet(config.model).state_dict(), config, {})
-    if damage == "no weights":
-        path.unlink()
-    elif damage == "no card":
-        card.unlink()
-    elif damage == "cut weights":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "other weights":
-        save_file({"x": torch.zeros(1)}, path)
-    elif damage == "no JSON":
-        card.write_text("{")
-    else:
-        card.write_text(card.read_text().replace("patch_size", "patches"))
-    with pytest.raises(UserError) as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value)
 
 
 class Small(Denoiser):
