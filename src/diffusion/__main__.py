@@ -9,6 +9,7 @@ COMMANDS = {  # imported only when asked for
     "lineage": "pipeline.commands:lineage",
     "metrics": "metrics.__main__:main",
     "promote": "serving.registry:main",
+    "runs": "pipeline.run_folders:main",
     "serve": "serving.server:main",
     "sync": "pipeline.commands:sync",
     "tune-apply": "tuning.apply:main",

@@ -264,8 +264,8 @@ def test_a_second_process_waits_and_goes_on(trained: Path, batches: dict[str, ob
     batches |= {"at": 1, "error": KeyboardInterrupt()}
     run("sample")
     batches["at"] = None
-    (lock,) = paths.RUNS.glob("*/samples-*.lock")
-    with locked(lock):
+    (folder,) = [path for path in paths.RUNS.glob("*/samples-*") if path.is_dir()]
+    with locked(folder.with_suffix(".lock")):
         result = run("sample")
     assert result.exit_code == 0
     assert "waiting for another process (" in result.output
