@@ -33,7 +33,7 @@ def publish(temporary: Path, path: Path) -> None:
     if os.name == "posix":  # a folder is no file elsewhere
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            _fsync(folder)
+            fsync(folder)
         finally:
             os.close(folder)
 
@@ -41,10 +41,11 @@ def publish(temporary: Path, path: Path) -> None:
 def sync(file: BinaryIO) -> None:
     """Have all that was written to `file` on the disk."""
     file.flush()
-    _fsync(file.fileno())
+    fsync(file.fileno())
 
 
-def _fsync(descriptor: int) -> None:
+def fsync(descriptor: int) -> None:
+    """os.fsync, where the file system has it."""
     try:
         os.fsync(descriptor)
     except OSError as error:

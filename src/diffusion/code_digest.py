@@ -18,7 +18,6 @@ HARMLESS = (
     "errors.py",
     "paths.py",
     "locks.py",
-    "interrupts.py",
     "atomic.py",
 )
 HARMLESS_ROOMS = ("tracking", "serving")

@@ -1,6 +1,8 @@
-"""The one exception that users are meant to read, and errors of the system that are theirs to put right."""
+"""What ends a stage: the exception that users are meant to read, errors of the system that are theirs, Ctrl-C."""
 
 import errno
+import signal
+from types import FrameType
 
 MEMORY = ("train.micro_batch", "sample.batch_size", "evaluate.batch_size")  # keys that say how much of a GPU is used
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,3 +30,24 @@ def outside(error: BaseException | None) -> str | None:
             return f"the GPU's memory is full: lower {', '.join(MEMORY)}, or stop what else uses it"
         error, wanted = error.__cause__ or error.__context__, FULL  # what could not be opened may have been coped with
     return None
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag that is read between two steps; the second one interrupts."""
+
+    def __init__(self, again: str = "dvc repro") -> None:
+        """`again` is the command that goes on."""
+        self.asked, self.again = False, again
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt(f"stopped at once; `{self.again}` goes on from the last checkpoint")
+        self.asked = True

@@ -21,8 +21,7 @@ from diffusion import paths
 from diffusion.config import TrainedConfig, trained
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import ALONE, World
-from diffusion.errors import UserError
-from diffusion.interrupts import StopRequest
+from diffusion.errors import StopRequest, UserError
 from diffusion.params_file import load
 from diffusion.pipeline.train import _loop
 from diffusion.tracking.journal import NullTracker

@@ -47,7 +47,7 @@ def test_a_journal_that_does_not_reach_the_disk(
 
 
 def test_what_stays_beside_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "journal.sent.new").mkdir()
+    (tmp_path / "journal.sent").mkdir()
     mark_sent(tmp_path / "journal.jsonl", 7)
     (line,) = lines(capsys)
     assert "is sent again" in line

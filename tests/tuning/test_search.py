@@ -31,8 +31,7 @@ from helpers.studies import (
 from optuna.exceptions import StorageInternalError
 
 from diffusion import config, paths
-from diffusion.errors import UserError
-from diffusion.interrupts import StopRequest
+from diffusion.errors import StopRequest, UserError
 from diffusion.metrics.reference import Reference
 from diffusion.tracking.journal import NullTracker, Tracker
 from diffusion.training import loop

@@ -15,8 +15,7 @@ from diffusion import paths
 from diffusion.config import Params, TrainedConfig, flat, trained, trained_from_dict
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
-from diffusion.errors import UserError
-from diffusion.interrupts import StopRequest
+from diffusion.errors import StopRequest, UserError
 from diffusion.locks import enter_alone, only_trainer
 from diffusion.model.model_file import save_model
 from diffusion.params_file import write_yaml

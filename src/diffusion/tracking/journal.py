@@ -1,6 +1,5 @@
 """What the stages say about a run, and the local journal that keeps it: the truth of which MLflow is a copy."""
 
-import errno
 import json
 import math
 import os
@@ -9,18 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
+from diffusion.atomic import fsync, replacing
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 JOURNAL = "journal.jsonl"
 MEMORY = "mlflow_run_id"  # beside it
 CURVES = ("train/", "val/", "best/")  # of training, a point a step
-UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
 
 
 class Tracker(Protocol):
@@ -187,7 +186,7 @@ class Journal(NullTracker):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             try:
-                _sync(fd)
+                fsync(fd)
             except OSError as error:
                 warn(f"{self._path} may lack its end on the disk ({error.strerror})")
             os.close(fd)
@@ -225,8 +224,8 @@ def mark_sent(path: Path, seq: int) -> None:
     """Note that MLflow has all events of a journal up to number `seq`."""
     mark = path.with_suffix(".sent")
     try:
-        with _replaced(mark) as new:
-            new.write_text(f"{seq}\n")
+        with replacing(mark) as file:
+            file.write(f"{seq}\n".encode())
     except OSError as error:
         warn(f"{mark} cannot be written ({error.strerror}): the same is sent again next time, which changes nothing")
 
@@ -241,33 +240,15 @@ def remember(path: Path, run_id: str) -> None:
     """Keep the id of a journal's run beside it."""
     memory = path.with_name(MEMORY)
     try:
-        with _replaced(memory) as new:
-            new.write_text(run_id + "\n")
+        with replacing(memory) as file:
+            file.write(f"{run_id}\n".encode())
     except OSError as error:
         warn(f"{memory} cannot be written ({error.strerror}): if this is resumed, it opens another MLflow run")
 
 
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Where to write what is to be at `path`: it gets there whole, after it has reached the disk."""
-    new = path.with_name(f".{path.name}.new")
-    yield new
-    with new.open("rb") as file:
-        _sync(file.fileno())
-    new.replace(path)
-
-
 def _copy(source: str | Path, target: str | Path) -> None:
-    with _replaced(Path(target)) as new:
-        shutil.copyfile(source, new)
-
-
-def _sync(fd: int) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in UNABLE:
-            raise
+    with Path(source).open("rb") as old, replacing(Path(target)) as new:
+        shutil.copyfileobj(old, new)
 
 
 def read_journal(path: Path) -> list[Event]:

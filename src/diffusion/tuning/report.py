@@ -10,6 +10,7 @@ import numpy as np
 from ruamel.yaml import YAML
 
 from diffusion import paths
+from diffusion.atomic import replacing
 from diffusion.tracking.journal import Tracker
 from diffusion.tuning.space import Value, recipe_digest, settings
 from diffusion.tuning.store import quiet
@@ -156,10 +157,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, newline="")
-    new.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _reason(trial: "FrozenTrial") -> str:

@@ -24,8 +24,7 @@ from diffusion import paths
 from diffusion.code_digest import code_digests
 from diffusion.config import Params, flat, to_dict
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
-from diffusion.interrupts import StopRequest
+from diffusion.errors import StopRequest, UserError
 from diffusion.locks import only_trainer
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference

@@ -12,8 +12,7 @@ import click
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.errors import UserError, outside
-from diffusion.interrupts import StopRequest
+from diffusion.errors import StopRequest, UserError, outside
 from diffusion.tuning.store import answering, is_outage
 from diffusion.tuning.study import SharedStudy
 from diffusion.tuning.trial import Attempt, Line, LostError, Objective, PrunedError
