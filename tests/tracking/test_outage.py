@@ -135,6 +135,7 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
     with server(database, served, port=port) as (uri, _):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         if moment == "in the middle":  # the next stage sends it, or `make sync`
+            monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 60.0)
             tracker = runs.attach(TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal)
             tracker.close("FINISHED")
         else:
