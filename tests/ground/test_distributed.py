@@ -224,7 +224,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
 @pytest.mark.slow
 def test_a_stage_of_several_processes_ends_as_one_does(workspace: Path) -> None:
     """One line and status 2 for a mistake; SIGTERM to the stage saves once; then one process finishes the training."""
-    write_params(**LONG, **{"train.processes": 3})
+    write_params(**LONG, **{"train.processes": 2})
     process = Command("stages.train")
     said = process.wait()
     assert (process.returncode, said.count("error: "), len(said.splitlines())) == (2, 1, 1), said
