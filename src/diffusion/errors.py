@@ -51,3 +51,7 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt(f"stopped at once; `{self.again}` goes on from the last checkpoint")
         self.asked = True
+
+
+class DivergedError(UserError):
+    """The losses are not finite, and rollbacks do not help."""

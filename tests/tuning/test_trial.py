@@ -9,7 +9,7 @@ import optuna
 import pytest
 from helpers.studies import TUNE, name_of, states, table
 
-from diffusion import config, paths
+from diffusion import config, errors, paths
 from diffusion.errors import UserError
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
@@ -29,7 +29,7 @@ def test_divergence_prunes_with_the_reason(
         made.append(trainer.folder)
         if len(made) == 1:
             if kind == "raises":
-                raise loop.DivergedError("the loss was not finite")
+                raise errors.DivergedError("the loss was not finite")
             if kind == "never finite":
                 return
             next(trainer.ema.net.parameters()).data.fill_(math.nan)

@@ -16,7 +16,7 @@ from diffusion.config import TrainedConfig, to_dict
 from diffusion.data.dataset import Batches, Dataset
 from diffusion.data.pixels import to_tensor
 from diffusion.distributed import ALONE, World, data_parallel
-from diffusion.errors import UserError
+from diffusion.errors import DivergedError
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
@@ -29,10 +29,6 @@ from diffusion.training.progress import Progress, Record
 
 MAX_BAD_STEPS = 10  # non-finite losses in a row before a rollback
 MAX_ROLLBACKS = 3
-
-
-class DivergedError(UserError):
-    """The losses are not finite, and rollbacks do not help."""
 
 
 class Trainer:
@@ -54,8 +50,7 @@ class Trainer:
     ) -> None:
         if config.train.best_by == "fd_lite0" and score is None:
             raise ValueError("train.best_by = fd_lite0 and nothing computes it")
-        self._score = score
-        self.config, self.folder, self.device, self.world = config, folder, device, world
+        self.config, self.folder, self.device, self.world, self._score = config, folder, device, world, score
         self.begun = {"config": to_dict(config), "origin": dict(origin or {})}  # how the training began
         self.share = world.share(config.train.batch_size)  # positions in the batch
         if world.size > config.train.batch_size:
@@ -73,10 +68,9 @@ class Trainer:
         self.ema = EMA(self.net)
         self.best = copy.deepcopy(self.ema.net.state_dict())
         self.optimizer = make_optimizer(self.net, config.train)
-        weight, timesteps = config.train.loss_weight, config.train.timesteps
-        self.loss = Loss(self.schedule, config.diffusion.prediction, weight, self.dtype, timesteps)
-        size, flip = config.train.batch_size, config.train.flip
-        self.batches = Batches(data, size, config.seed, flip=flip, device=device, share=self.share)
+        how = config.train
+        self.loss = Loss(self.schedule, config.diffusion.prediction, how.loss_weight, self.dtype, how.timesteps)
+        self.batches = Batches(data, how.batch_size, config.seed, flip=how.flip, device=device, share=self.share)
         self.val = to_tensor(data.read(data.val).to(device))
         self.val_given = {"labels": data.labels[data.val].to(device)} if config.model.num_classes else {}
         self.progress = Progress()
@@ -108,8 +102,11 @@ class Trainer:
         progress.step += 1
         if self.reads(progress.step):
             self.settle()
-        row = self._log(lr) if progress.step % config.log_every == 0 else None
-        return Record(progress.step, loss, row)
+        record = Record(progress.step, loss)
+        if progress.step % config.log_every == 0:
+            record.row = progress.log(self._recent, lr, self._grad_norm)
+            self._recent = []
+        return record
 
     def reads(self, step: int) -> bool:
         """Whether losses are read, and divergence is judged, after `step`: fixed steps, so that a resumed training and
@@ -154,8 +151,7 @@ class Trainer:
 
     def denoiser(self) -> Denoiser:
         """Of the EMA weights of now, clipping x0, in the training's precision; it shares their memory."""
-        prediction = self.config.diffusion.prediction
-        return Denoiser(self.ema.net, self.schedule, prediction, dtype=self.dtype, clip_x0=True)
+        return Denoiser(self.ema.net, self.schedule, self.config.diffusion.prediction, dtype=self.dtype, clip_x0=True)
 
     def save(self) -> None:
         """Checkpoint the state as it is now; all ranks call it, and rank 0 writes.
@@ -247,17 +243,12 @@ class Trainer:
 
     def _noted(self, name: str, rows: list[dict[str, float]], value: float) -> float:
         """`value` of the EMA weights, once it is in its curve; the weights are kept if it is train.best_by's best."""
-        progress = self.progress
-        rows.append({"step": progress.step, name: value})
-        if value < getattr(progress, f"best_{name}"):
-            setattr(progress, f"best_{name}", value)
+        rows.append({"step": self.progress.step, name: value})
+        if value < getattr(self.progress, best := f"best_{name}"):
+            setattr(self.progress, best, value)
             if self.config.train.best_by == name:
                 self.keep()
         return value
-
-    def _log(self, lr: float) -> dict[str, float]:
-        losses, self._recent = self._recent, []
-        return self.progress.log(losses, lr, self._grad_norm)
 
     def _restore(self) -> None:
         """Take up rank 0's newest checkpoint; the other ranks need not see its folder."""

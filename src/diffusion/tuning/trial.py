@@ -14,12 +14,12 @@ from tqdm import tqdm
 from diffusion.config import Params, flat
 from diffusion.data import grids
 from diffusion.data.dataset import Dataset
-from diffusion.errors import UserError
+from diffusion.errors import DivergedError, UserError
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.tracking import runs
 from diffusion.tracking.journal import Tracker
-from diffusion.training.loop import DivergedError, Trainer, train
+from diffusion.training.loop import Trainer, train
 from diffusion.training.progress import Record
 from diffusion.tuning.objective import common_error, draw, load_reference, score
 from diffusion.tuning.space import Value, trial_config
