@@ -11,7 +11,7 @@ PORT ?= 5000
 .PHONY: help setup run weights test test-slow test-all lint tune tune-apply tune-report ui sync serve promote report bench bench-quality clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
 
 setup:  ## create .venv and install the pinned packages (the other targets do this by themselves)
 	@$(PYTHON) bootstrap.py
