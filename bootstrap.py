@@ -5,6 +5,7 @@ nothing but an old Python 3, so that an unfit machine gets a clear line instead 
 """
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -46,16 +47,24 @@ def main():
 def has_all():
     """Whether the environment's Python works and has every locked package in its version."""
     python = VENV / "bin" / "python"
-    if not python.exists():
+    if not python.exists() or was_moved():
         return False
     return subprocess.call([str(python), "-c", HAS_ALL, str(LOCK)], stderr=subprocess.DEVNULL) == 0
 
 
+def was_moved():
+    """Whether the environment's commands, such as dvc, call the Python of another folder: they name it by its path."""
+    script = VENV / "bin" / "dvc"
+    named = re.search(r"/[^\n\"']*(?=/python)", script.read_text()) if script.is_file() else None
+    folder = Path(named.group()) if named else VENV / "bin"
+    return VENV.is_dir() and not (folder.is_dir() and folder.samefile(VENV / "bin"))
+
+
 def install():
-    """Bring .venv up to date; it is made anew only if there is none, or its Python or pip does not run."""
+    """Bring .venv up to date; it is made anew only if there is none, or it was moved, or has no pip that runs."""
     pip = [str(VENV / "bin" / "python"), "-m", "pip"]
     usable = (
-        VENV.is_dir()
+        not was_moved()
         and shutil.which(pip[0])
         and subprocess.call([*pip, "--version"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
     )

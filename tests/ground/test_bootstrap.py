@@ -73,6 +73,20 @@ def test_an_environment_of_ones_own_that_fits_is_used_and_not_asked_again(
     bootstrap.main()
 
 
+@pytest.mark.parametrize("header", ["#!{}/python", '#!/bin/sh\n\'\'\'exec\' "{}/python3" "$0" "$@"'])
+def test_an_environment_whose_folder_was_moved_is_made_anew(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    """Its commands call the Python of the place where it was, which may be another clone's by now."""
+    monkeypatch.setattr(bootstrap, "NEEDED_GB", 0)
+    own_environment()
+    for folder, commands in ((Path(".venv/bin").absolute(), []), (ENVIRONMENT / "bin", ["venv", "pip", "pip"])):
+        Path(".venv/installed.sha256").unlink(missing_ok=True)
+        Path(".venv/bin/dvc").write_text(header.format(folder) + "\nimport re\n")
+        bootstrap.main()
+        assert [command[2] for command in bootstrap.ran] == commands
+
+
 def test_an_outdated_environment_is_brought_up_to_date_and_not_wiped(bootstrap: ModuleType) -> None:
     own_environment()
     outdated()
