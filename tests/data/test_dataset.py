@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import re
 import sys
 from pathlib import Path
@@ -51,6 +52,12 @@ def test_split_takes_exactly_what_is_asked_when_classes_do_not_divide() -> None:
         assert len(train) == 103 - count
         share = np.bincount(labels[val], minlength=10) - np.bincount(labels) * count / 103
         assert np.abs(share).max() < 1
+
+
+def test_the_split_stays_what_it_was() -> None:
+    """Else no validation loss compares with an older one. The digest is that of the first split, with seed 0."""
+    train, val = dataset.split(np.arange(50_000) % 10, 2000)
+    assert hashlib.sha256(train.tobytes() + val.tobytes()).hexdigest()[:16] == "10bcdbe1b9e15c1f"
 
 
 @pytest.mark.parametrize(

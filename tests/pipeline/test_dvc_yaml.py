@@ -155,6 +155,15 @@ def test_files_between_stages_are_declared(stage: str) -> None:
             assert own.get(dep, dep) in outs, dep
 
 
+def test_plots_are_of_files_that_every_run_makes() -> None:
+    """`dvc plots show` complains of what is absent, such as the tables of a search."""
+    drawn = set()
+    for plot in DVC["plots"]:
+        about = next(iter(plot.values())) if isinstance(plot, dict) else {"y": [plot]}
+        drawn |= {*about["y"]}
+    assert drawn <= set().union(*map(outputs, STAGES))
+
+
 def test_declared_paths_are_the_codes() -> None:
     known = {str(v) for v in vars(paths).values() if isinstance(v, Path)}
     for name in STAGES:

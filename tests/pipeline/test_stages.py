@@ -255,3 +255,15 @@ def test_the_pipeline_is_one_mlflow_run(workspace: Path, monkeypatch: pytest.Mon
     again = client.get_run(found.info.run_id)
     assert again.info.status == "FINISHED"
     assert "error" not in again.data.tags
+
+
+def test_a_stage_with_another_clones_library_refuses(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment may be shared: what is installed in place is then the library of whoever installed it."""
+    write_params()
+    monkeypatch.setattr("stages.LIBRARY", workspace / "other/src/diffusion")
+    result = run("prepare")
+    assert result.exit_code == 2
+    assert result.output == (
+        f"error: this is a stage of {REPO} and the library of {workspace}/other/src/diffusion: set PYTHONPATH=src\n"
+    )
+    assert not paths.IMAGES.exists()
