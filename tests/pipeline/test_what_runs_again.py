@@ -73,7 +73,8 @@ def test_scores_and_pages_are_shown(project: Project) -> None:
     assert shown["metrics/train.json"]["data"]["images_seen"] == 16
     assert "fd_lite0_12" in project.dvc("metrics", "diff", "HEAD~1")
 
-    project.dvc("plots", "show", "--out", "pages")
+    said = project.dvc("plots", "show", "--out", "pages")
+    assert "failed to load" not in said
     page = (project.folder / "pages/index.html").read_text()
     assert "loss_smoothed" in page
     assert any((project.folder / "pages").rglob("*.png"))
