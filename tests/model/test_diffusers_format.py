@@ -2,17 +2,17 @@
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from helpers.project import REPO
 from safetensors.torch import load_file, save_file
 
 from diffusion import config, params_file
+from diffusion.__main__ import main
 from diffusion.errors import UserError
 from diffusion.model import diffusers_format, diffusers_layers
 from diffusion.model.model_file import save_model
@@ -248,23 +248,21 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     save_model(tmp_path / "models/model.safetensors", randomised(trained).state_dict(), trained, {"step": 3})
     before = load_file(tmp_path / "models/model.safetensors")
 
-    def run(*arguments: str, command: str = "interchange") -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "diffusion", command, *arguments]
-        environment = {"PYTHONPATH": str(REPO / "src"), "PATH": "", "DVC_ROOT": str(tmp_path)}
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(main, arguments)
 
-    assert run("write", "out").returncode == 0
+    assert run("interchange", "write", "out").exit_code == 0
     (tmp_path / "models/model.safetensors").unlink()
-    result = run("read", "out")
-    assert result.returncode == 0, result.stderr
+    result = run("interchange", "read", "out")
+    assert result.exit_code == 0, result.output
     after = load_file(tmp_path / "models/model.safetensors")
     assert {k: v.tolist() for k, v in before.items()} == {k: v.tolist() for k, v in after.items()}
-    lineage = run(command="lineage")
-    assert lineage.returncode == 0, lineage.stderr
-    explained = dict(line.split(maxsplit=1) for line in lineage.stdout.splitlines())
+    lineage = run("lineage")
+    assert lineage.exit_code == 0, lineage.output
+    explained = dict(line.split(maxsplit=1) for line in lineage.output.splitlines())
     assert explained["weights"] == "imported"
     assert explained["fingerprint"].startswith("imported-")
     assert explained["diffusion.schedule"] == "linear"
-    wrong = run("read", "nowhere")
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: nowhere is not a diffusers pipeline")
+    wrong = run("interchange", "read", "nowhere")
+    assert wrong.exit_code == 2
+    assert wrong.output.startswith("error: nowhere is not a diffusers pipeline")
