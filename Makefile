@@ -30,7 +30,7 @@ test-slow: setup  ## the rest: more kills, more servers, longer trainings
 test-all: setup  ## both
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: setup  ## style and types
+lint: setup  ## style, types, and that imports between rooms point down
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
 tune: setup  ## search learning rate and schedules with Optuna: make tune [STORAGE=postgresql://...]
