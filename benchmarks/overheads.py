@@ -59,7 +59,7 @@ def measure() -> dict[str, Any]:
     clock.watch(train, "write_previews", "previews")
     clock.watch(train, "_open_run", "tracking: start")
     clock.watch(train, "_show", "tracking: bar, metrics, curves")
-    train.fit(params)
+    train.train_model(params)
     return shares(clock, steps, full)
 
 

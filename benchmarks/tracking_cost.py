@@ -116,7 +116,7 @@ def measure(steps: int) -> dict[str, Any]:
     clock.watch(train, "_show", "metrics and curves")
     clock.watch(mlflow_tracker.JournalledTracker, "finish", "close")
     background = watch_thread(mlflow_tracker.MlflowTracker)
-    train.fit(params)
+    train.train_model(params)
     return shares(clock, background[0], steps, full)
 
 

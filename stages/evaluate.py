@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.pipeline.evaluate import judge
+from diffusion.pipeline.evaluate import evaluate
 from stages import arguments, stage
 
 
@@ -10,7 +10,7 @@ def main(params: Params) -> None:
     if params.evaluate.processes > 1 and not is_worker():
         launch(params.evaluate.processes, "stages.evaluate", arguments())
     else:
-        judge(params)
+        evaluate(params)
 
 
 if __name__ == "__main__":

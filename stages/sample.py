@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.pipeline.sample import draw
+from diffusion.pipeline.sample import sample
 from stages import arguments, stage
 
 
@@ -10,7 +10,7 @@ def main(params: Params) -> None:
     if params.sample.processes > 1 and not is_worker():
         launch(params.sample.processes, "stages.sample", arguments())
     else:
-        draw(params)
+        sample(params)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 from diffusion.config import Params
 from diffusion.distributed import is_worker, launch
-from diffusion.pipeline.train import fit
+from diffusion.pipeline.train import train_model
 from stages import arguments, stage
 
 
@@ -10,7 +10,7 @@ def main(params: Params) -> None:
     if params.train.processes > 1 and not is_worker():
         launch(params.train.processes, "stages.train", arguments())
     else:
-        fit(params)
+        train_model(params)
 
 
 if __name__ == "__main__":

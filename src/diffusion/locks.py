@@ -19,7 +19,7 @@ TOLD_SECONDS = 60.0  # between two signs of life to the ranks that wait with ran
 def only_process(
     lock: Path, work: str, *, wait: bool = False, waiting: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Keep a second process from the same `work`, e.g. "is drawing": a killed `dvc` leaves its stage running.
+    """Keep a second process from the same `work`, e.g. "is generating": a killed `dvc` leaves its stage running.
 
     `waiting` is called every TOLD_SECONDS of waiting.
 

@@ -271,7 +271,7 @@ def test_a_second_process_waits_and_goes_on(trained: Path, batches: dict[str, ob
         result = run("sample")
     assert result.exit_code == 0
     assert "waiting for another process (" in result.output
-    assert "), which is drawing these samples\n" in result.output
+    assert "), which is generating these samples\n" in result.output
     assert "resuming: 4 of 14" in result.output
 
 
@@ -336,9 +336,9 @@ def stages_of_a_rank(world: World, device: torch.device, folder: Path) -> None:
     for module in (sample, reference, evaluate):
         module.joined = lambda _: contextlib.nullcontext((world, device))  # type: ignore[attr-defined]
     params = params_file.load("params.yaml")
-    sample.draw(params)
+    sample.sample(params)
     reference.write_references(params)
-    evaluate.judge(params)
+    evaluate.evaluate(params)
 
 
 def test_processes_share_the_work_to_the_same_result(trained: Path) -> None:

@@ -25,8 +25,8 @@ def library(tmp_path: Path) -> Path:
 
 def changed(config: TrainedConfig, library: Path) -> set[str]:
     """Of `train` and `sample`, what the edited library gives another name than this one."""
-    new = {"train": fingerprint(config, "a", library), "sample": sample.drawing_code(library)}
-    old = {"train": fingerprint(config, "a"), "sample": sample.drawing_code()}
+    new = {"train": fingerprint(config, "a", library), "sample": sample.sampling_code(library)}
+    old = {"train": fingerprint(config, "a"), "sample": sample.sampling_code()}
     return {name for name in old if new[name] != old[name]}
 
 
@@ -140,9 +140,9 @@ def test_no_other_file_is_left_out(tiny) -> None:
 
 
 def test_torchs_version_changes_both_names(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint(trained(tiny()), "a"), sample.drawing_identity(tiny(), "model", "torch.float32", "cpu")
+    before = fingerprint(trained(tiny()), "a"), sample.samples_identity(tiny(), "model", "torch.float32", "cpu")
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    after = fingerprint(trained(tiny()), "a"), sample.drawing_identity(tiny(), "model", "torch.float32", "cpu")
+    after = fingerprint(trained(tiny()), "a"), sample.samples_identity(tiny(), "model", "torch.float32", "cpu")
     assert before[0] != after[0]
     assert before[1] != after[1]
 

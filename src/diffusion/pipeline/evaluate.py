@@ -24,7 +24,7 @@ MADE_BY = ("fingerprint", "run_id", "step")  # what the samples' card has of the
 CARD = ("config", *MADE_BY)  # what is read of the samples' card here
 
 
-def judge(params: Params) -> None:
+def evaluate(params: Params) -> None:
     """Write metrics/evaluate.json and log the scores.
 
     Raises:

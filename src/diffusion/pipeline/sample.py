@@ -50,7 +50,7 @@ NOT_IN_IMAGES = ("batch_size", "save_png", "processes")  # keys of params.yaml t
 PNG = paths.SAMPLES / "png"
 
 
-def draw(params: Params) -> None:
+def sample(params: Params) -> None:
     """Write samples/: images.npz, card.json, grid.png, denoising.png and, if `sample.save_png`, png/00000.png ...
 
     Images that are there already, and whole, are kept, and only what shows them is made anew. It waits for a process
@@ -66,7 +66,7 @@ def draw(params: Params) -> None:
         run = paths.RUNS / card["fingerprint"]
         keep_freed_memory()
         denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
-        identity = drawing_identity(params, _digest(paths.MODEL), str(denoiser.dtype), device.type)
+        identity = samples_identity(params, _digest(paths.MODEL), str(denoiser.dtype), device.type)
         parts = Parts(run / f"samples-{identity}")
         enter_alone(held, world, lambda waiting: _only_one(parts.folder, waiting))
         tracker = _attach(params, card, run) if world.is_main else NullTracker()
@@ -86,12 +86,12 @@ def draw(params: Params) -> None:
 @contextlib.contextmanager
 def _only_one(folder: Path, waiting: Callable[[], object]) -> Iterator[None]:
     """Keep out who draws these samples elsewhere, and who draws any others here."""
-    these = only_process(folder.with_suffix(".lock"), "is drawing these samples", wait=True, waiting=waiting)
+    these = only_process(folder.with_suffix(".lock"), "is generating these samples", wait=True, waiting=waiting)
     with these, only_process(paths.SAMPLE_LOCK, "is sampling here", wait=True, waiting=waiting):
         yield
 
 
-def drawing_identity(params: Params, model: str, precision: str, device: str) -> str:
+def samples_identity(params: Params, model: str, precision: str, device: str) -> str:
     """16 hex digits that name all that the images depend on; `model` is the digest of its file."""
     known = {
         "sample": {key: value for key, value in to_dict(params.sample).items() if key not in NOT_IN_IMAGES},
@@ -99,13 +99,13 @@ def drawing_identity(params: Params, model: str, precision: str, device: str) ->
         "device": device,
         "precision": precision,
         "model": model,
-        "code": drawing_code(),
+        "code": sampling_code(),
         "torch": torch.__version__,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def drawing_code(library: Path = LIBRARY) -> str:
+def sampling_code(library: Path = LIBRARY) -> str:
     """Digest of the code that decides what an image is: the sampling, and the network as it is loaded."""
     code = code_digests("sampling/generation.py", "model/model_file.py", library=library)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
@@ -250,7 +250,7 @@ def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity
         **{key: card.get(key) for key in ("weights", "step", "data_digest", "fingerprint", "run_id")},
         "made_by": {"name": card.get("name"), "origin": card.get("origin", {})},
         "trained": {section: card["config"][section] for section in ("diffusion", "model")},
-        "code": drawing_code(),
+        "code": sampling_code(),
         "images": {"identity": identity, "sha256": _digest(paths.SAMPLES_NPZ)},
     }
     with replacing(paths.SAMPLES_CARD) as file:

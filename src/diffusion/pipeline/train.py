@@ -33,7 +33,7 @@ from diffusion.training.progress import Record
 from diffusion.training.scoring import Scorer
 
 
-def fit(params: Params) -> None:
+def train_model(params: Params) -> None:
     """Train as `params` say, or go on where a stopped training of the same params, data and code was; write outputs.
 
     Under torchrun all processes call it and share the work. It waits for a trainer of the same, or in this workspace.
