@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # fsync on file systems that have none
 
@@ -25,6 +26,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file of UTF-8 text, as `replacing` writes it."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A small file of JSON that a person can read, as `replacing` writes it."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def publish(temporary: Path, path: Path) -> None:

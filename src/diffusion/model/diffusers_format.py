@@ -16,9 +16,10 @@ from typing import Any
 import click
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from diffusion import paths
+from diffusion.atomic import replacing, write_json
 from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, trained
 from diffusion.errors import UserError
 from diffusion.model.diffusers_layers import joined, layers, split
@@ -81,16 +82,17 @@ def write_pipeline(net: UNet, config: TrainedConfig, folder: Path) -> None:
     state = net.state_dict()
     weights = {theirs: part for ours, theirs in layers(net) for theirs, part in split(ours, theirs, state)}
     for name, content in (("unet", unet), ("scheduler", scheduler)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
         file = "config.json" if name == "unet" else "scheduler_config.json"
-        (folder / name / file).write_text(json.dumps(content, indent=2) + "\n")
-    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, folder / "unet" / WEIGHTS)
+        write_json(folder / name / file, content)
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    with replacing(folder / "unet" / WEIGHTS) as written:
+        written.write(save(tensors))
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:

@@ -1,6 +1,5 @@
 """The model file: EMA weights as safetensors, everything else about them in a JSON card beside it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from diffusion.atomic import replacing
+from diffusion.atomic import replacing, write_json
 from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
 from diffusion.errors import UserError
 from diffusion.model.card import card_path, read_card
@@ -22,8 +21,7 @@ def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConf
     """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}; each whole or not."""
     with replacing(path) as file:  # save_file would say that a disk is full in words of its own
         file.write(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
-    with replacing(card_path(path)) as file:
-        file.write(json.dumps({"config": to_dict(config), **about}, indent=2).encode() + b"\n")
+    write_json(card_path(path), {"config": to_dict(config), **about})
 
 
 def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:

@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from diffusion import paths
+from diffusion.atomic import write_json
 from diffusion.code_digest import LIBRARY
 from diffusion.config import Params, flat
 from diffusion.distributed import joined
@@ -54,8 +55,7 @@ def evaluate(params: Params) -> None:
 
 
 def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
-    paths.EVALUATE_METRICS.parent.mkdir(parents=True, exist_ok=True)
-    paths.EVALUATE_METRICS.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(paths.EVALUATE_METRICS, result)
     scores = {name: value for name, value in result.items() if name != "about"}
     tracker.metrics({f"evaluate/{name}": value for name, value in scores.items()}, step)
     tracker.artifact(paths.EVALUATE_METRICS)

@@ -1,6 +1,5 @@
 """The prepare stage: the images of `data.source` as arrays that are read through memory maps, their split and card."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusion import paths
+from diffusion.atomic import replacing, write_json
 from diffusion.config import Params
 from diffusion.data.dataset import digest, split
 from diffusion.data.sources import Source, open_source
@@ -22,10 +22,10 @@ def prepare(params: Params) -> None:
     """
     source = open_source(Path(params.data.source), params.model.image_size, params.model.image_channels)
     train, val = split(source.labels, params.data.val_images)
-    paths.IMAGES.mkdir(parents=True, exist_ok=True)
     channels = Channels(source.shape[3], len(source.labels), train)
     sha256 = digest(source.shape, channels.counted(written(source, paths.TRAIN_IMAGES)), source.labels)
-    np.save(paths.TRAIN_LABELS, source.labels)
+    with replacing(paths.TRAIN_LABELS) as file:
+        np.save(file, source.labels)
     paths.TEST_IMAGES.unlink(missing_ok=True)
     if source.test:
         for _ in written(source.test, paths.TEST_IMAGES):
@@ -39,27 +39,22 @@ def prepare(params: Params) -> None:
         "channel_mean": channels.mean.round(6).tolist(),
         "channel_std": channels.std.round(6).tolist(),
     }
-    paths.PREPARED.mkdir(parents=True, exist_ok=True)
-    np.savez(paths.SPLIT, train=train, val=val)
-    paths.DATA_CARD.write_text(json.dumps(card, indent=2) + "\n")
+    with replacing(paths.SPLIT) as file:
+        np.savez(file, train=train, val=val)
+    write_json(paths.DATA_CARD, card)
 
 
 def written(source: Source, path: Path) -> Iterator[np.ndarray]:
     """Write the npy file `path` chunk by chunk, each yielded on the way; whole, or not at all."""
     header = {"descr": "|u1", "fortran_order": False, "shape": source.shape}
     pace = 0.5 if sys.stderr.isatty() else 30
-    temporary = path.with_suffix(".part")
-    try:
-        bar = tqdm(total=source.shape[0], unit=" images", desc=f"prepare {path.stem}", mininterval=pace)
-        with bar, temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for chunk in source.chunks():
-                file.write(chunk.data)
-                bar.update(len(chunk))
-                yield chunk
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    bar = tqdm(total=source.shape[0], unit=" images", desc=f"prepare {path.stem}", mininterval=pace)
+    with bar, replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in source.chunks():
+            file.write(chunk.data)
+            bar.update(len(chunk))
+            yield chunk
 
 
 class Channels:

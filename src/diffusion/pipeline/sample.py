@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.atomic import replacing
+from diffusion.atomic import replacing, write_json
 from diffusion.code_digest import LIBRARY, code_digests
 from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
 from diffusion.data import grids
@@ -253,8 +253,7 @@ def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity
         "code": sampling_code(),
         "images": {"identity": identity, "sha256": _digest(paths.SAMPLES_NPZ)},
     }
-    with replacing(paths.SAMPLES_CARD) as file:
-        file.write(json.dumps(about, indent=2).encode() + b"\n")
+    write_json(paths.SAMPLES_CARD, about)
 
 
 def _write_pictures(params: Params, denoiser: Denoiser, guidable: bool, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import shutil
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from diffusion import paths
+from diffusion.atomic import write_json, write_text
 from diffusion.config import Params, TrainedConfig, flat, trained, trained_from_dict
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
@@ -208,8 +210,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
         "origin": made_by,
     }
     save_model(paths.MODEL, trainer.best, trained_from_dict(trainer.begun["config"]), about)
-    paths.TRAIN_METRICS.parent.mkdir(parents=True, exist_ok=True)
-    paths.TRAIN_METRICS.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(paths.TRAIN_METRICS, metrics)
     _write_curves(trainer)
     shutil.rmtree(paths.PREVIEWS, ignore_errors=True)
     shutil.copytree(trainer.folder / "previews", paths.PREVIEWS)
@@ -233,8 +234,8 @@ def _write_curves(trainer: Trainer) -> None:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, float]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())

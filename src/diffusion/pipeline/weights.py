@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import version
 
 from diffusion import paths
+from diffusion.atomic import write_json
 from diffusion.config import Params
 from diffusion.data.download.inception_weights import (
     EXTRACTORS,
@@ -34,9 +35,7 @@ def write_card(params: Params) -> None:
         print(f"no Inception weights: not at hand, and not to be fetched ({error})", file=sys.stderr)
     card = {"inception_sha256": sha256(found) if found else None, **{name: version(name) for name in EXTRACTORS}}
     _say_change(card)
-    paths.WEIGHTS_CARD.parent.mkdir(parents=True, exist_ok=True)
-    paths.WEIGHTS_CARD.unlink(missing_ok=True)  # it may be a link into DVC's cache
-    paths.WEIGHTS_CARD.write_text(json.dumps(card, indent=2) + "\n")
+    write_json(paths.WEIGHTS_CARD, card)
 
 
 def _say_change(card: dict[str, str | None]) -> None:

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from diffusion import paths
+from diffusion.atomic import write_text
 from diffusion.config import DiffusionConfig, ModelConfig, section_from_dict
 from diffusion.data.dataset import real_images
 from diffusion.data.image_sets import load_samples
@@ -111,7 +112,7 @@ def write_page(card: dict[str, Any], folder: Path) -> None:
         previews=[] if imported else _previews(),
         about=[_rows(details) for details in evaluated["about"]],
     )
-    (folder / "index.html").write_text(page, encoding="utf-8")
+    write_text(folder / "index.html", page)
 
 
 def _made_with(card: dict[str, Any]) -> tuple[DiffusionConfig, UNet]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusion.atomic import replacing
+from diffusion.atomic import write_json
 from diffusion.code_digest import LIBRARY, code_digests
 from diffusion.config import TrainedConfig, to_dict
 
@@ -50,8 +50,7 @@ def begin(folder: Path, known: Mapping[str, Any]) -> Iterator[str]:
     record, lock = read_record(folder), _lock_digest()
     if record is None:
         yield from _why_anew(folder.parent, known)
-        with replacing(folder / RECORD) as file:
-            file.write(json.dumps({**known, "requirements": lock}, indent=2).encode() + b"\n")
+        write_json(folder / RECORD, {**known, "requirements": lock})
     elif record.get("requirements") != lock:
         yield f"{REQUIREMENTS} changed since {_shown(folder)} began, torch {known['torch']} is the same: it is used"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.atomic import replacing
+from diffusion.atomic import write_json
 from diffusion.code_digest import code_digests, file_digest
 from diffusion.config import to_dict
 from diffusion.data import grids
@@ -33,8 +33,7 @@ def write_previews(trainer: Trainer) -> list[Path]:
     pictures = _pictures(trainer)
     grids.save_png(grids.grid(frames[-1], columns=8, scale=grids.zoom(frames)), pictures[0])
     grids.save_png(grids.strip(frames[:, :STRIP_IMAGES], scale=grids.zoom(frames)), pictures[1])
-    with replacing(_record(trainer)) as file:
-        file.write(json.dumps({**_drawn_by(trainer), str(trainer.progress.step): _way(trainer)}, indent=2).encode())
+    write_json(_record(trainer), {**_drawn_by(trainer), str(trainer.progress.step): _way(trainer)})
     return pictures
 
 
