@@ -1,6 +1,7 @@
 """What ends a stage: the exception that users are meant to read, errors of the system that are theirs, Ctrl-C."""
 
 import errno
+import re
 import signal
 from types import FrameType
 
@@ -9,11 +10,44 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 OUTSIDE = (*FULL, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
 
 
+CREDENTIALS = re.compile(r"(?<=://)[^\s'\"<>]*@|(?<=[?&]password=)[^\s'\"<>&]*")
+
+
 class UserError(Exception):
     """Something the user can put right. The message is one line that says what is wrong and what to do.
 
-    Stages print it without a traceback and exit with status 2.
+    Stages print it without a traceback and exit with status 2. Passwords in URLs are masked, whoever wrote the words.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
+
+
+def masked(text: str) -> str:
+    """`text` without the users and passwords of the URLs in it."""
+    return CREDENTIALS.sub(lambda found: "***@" if found[0].endswith("@") else "***", text)
+
+
+def brief(error: object, length: int = 200) -> str:
+    """What a library said, in one line of at most `length` characters, without passwords."""
+    text = masked(" ".join(str(error).split()))
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def checked_url(name: str, url: str) -> str:
+    """`url`, the value of `name`, where user and password can be told from the host.
+
+    Raises:
+        UserError: they cannot: libraries would take a part of the password for the host, and print it.
+    """
+    rest = url.partition("://")[2]
+    host = re.split("[/?#]", rest)[0]
+    if host and (rest.count("@") > 1 or ("@" in rest and "@" not in host)):
+        raise UserError(
+            f"{name}: the @ in it is ambiguous; in users and passwords write @ as %40, / as %2F, : as %3A, # as %23, "
+            "? as %3F"
+        )
+    return url
 
 
 def outside(error: BaseException | None) -> str | None:
