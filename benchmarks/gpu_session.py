@@ -20,7 +20,7 @@ class Stopped(BaseException):
 class Session:
     """Deadline, selected parts and result of one run; `folder`/result.json is whole at any time.
 
-    Parts that an earlier run left in it stay until they are done again.
+    PartialSamples that an earlier run left in it stay until they are done again.
     """
 
     def __init__(self, seconds: float, folder: Path, parts: list[str]) -> None:

@@ -120,7 +120,7 @@ class World:
         sys.exit(status)
 
 
-ALONE = World(rank=0, size=1, local_rank=0)
+SINGLE_PROCESS = World(rank=0, size=1, local_rank=0)
 
 
 def is_worker() -> bool:
@@ -132,7 +132,7 @@ def is_worker() -> bool:
 def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     """The world that torchrun's environment describes, and this process's device for `auto | cpu | cuda | mps`.
 
-    CUDA: each process of a machine has the GPU of its local rank. A process that torchrun did not start is ALONE.
+    CUDA: each process of a machine has the GPU of its local rank. One that torchrun did not start is SINGLE_PROCESS.
 
     Raises:
         UserError: the device is not on this machine, or the machine has fewer GPUs than processes.
@@ -140,7 +140,7 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
     device = resolve_device(device_name)
     size = int(os.environ["WORLD_SIZE"]) if is_worker() else 1
     if size == 1:
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     backend = "gloo"

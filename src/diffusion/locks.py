@@ -63,7 +63,7 @@ def only_trainer(folder: Path, *, wait: bool = False, waiting: Callable[[], obje
         yield
 
 
-def enter_alone(
+def enter_exclusive(
     held: contextlib.ExitStack,
     world: World,
     lock: Callable[[Callable[[], object]], contextlib.AbstractContextManager[None]],  # given what it calls, waiting

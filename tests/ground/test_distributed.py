@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from diffusion import paths
 from diffusion.config import TrainedConfig, trained
 from diffusion.data.dataset import Dataset
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import StopRequest, UserError
 from diffusion.params_file import load
 from diffusion.pipeline.train import _loop
@@ -75,10 +75,15 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
 def test_a_lone_process_needs_no_group() -> None:
     assert not torch.distributed.is_initialized()
     tensor = torch.ones(2)
-    assert ALONE.sum_(tensor) is tensor
-    assert (ALONE.gather("x"), ALONE.broadcast("x"), ALONE.any(True), ALONE.any(False)) == (["x"], "x", True, False)
+    assert SINGLE_PROCESS.sum_(tensor) is tensor
+    assert (
+        SINGLE_PROCESS.gather("x"),
+        SINGLE_PROCESS.broadcast("x"),
+        SINGLE_PROCESS.any(True),
+        SINGLE_PROCESS.any(False),
+    ) == (["x"], "x", True, False)
     with pytest.raises(UserError, match="no data"):
-        ALONE.together(lambda: ALONE.fail("no data"))
+        SINGLE_PROCESS.together(lambda: SINGLE_PROCESS.fail("no data"))
 
 
 def curve(
@@ -95,7 +100,7 @@ def test_1_2_and_3_processes_train_alike(tiny, tiny_data, tmp_path: Path) -> Non
     """A batch of 7: shares of 3 + 4, and of 2 + 2 + 3, the latter in micro-batches of 2 + 1."""
     changes = {"train.batch_size": 7, "train.log_every": 1, "train.steps": 20, "train.grad_clip": 0.5}
     config = trained(tiny(**changes))
-    alone = curve(ALONE, CPU, config, tiny_data, tmp_path / "1", 20)
+    alone = curve(SINGLE_PROCESS, CPU, config, tiny_data, tmp_path / "1", 20)
     assert len(set(alone["losses"])) == 20
     for size, micro_batch in ((2, None), (3, 2)):
         config = trained(tiny(**changes, **{"train.micro_batch": micro_batch}))
@@ -125,7 +130,7 @@ def gradients(
 
 def test_gradients_are_means_over_the_images_not_over_the_ranks(tiny, tiny_data, tmp_path: Path) -> None:
     config = trained(tiny(**{"train.batch_size": 5}))
-    expected = gradients(ALONE, CPU, config, tiny_data, tmp_path / "1")
+    expected = gradients(SINGLE_PROCESS, CPU, config, tiny_data, tmp_path / "1")
     for found in in_world(3, tmp_path / "3", gradients, config, tiny_data, tmp_path / "3"):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)

@@ -26,7 +26,7 @@ def waiter(world: World, _: torch.device, folder: Path) -> bool:
         return locks.only_process(folder / "lock", "is at it", wait=True, waiting=told)
 
     with contextlib.ExitStack() as held:
-        locks.enter_alone(held, world, entered)
+        locks.enter_exclusive(held, world, entered)
         return (folder / "told").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.project import REPO
 
 from diffusion import paths
-from diffusion.sampling.partial import Parts
+from diffusion.sampling.partial import PartialSamples
 from diffusion.tracking import lineage, provenance
 from diffusion.tracking.journal import MEMORY, Journal, mark_sent, remember
 
@@ -67,7 +67,7 @@ def test_a_git_that_hangs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def test_a_damaged_part_and_a_damaged_card(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = Parts(workspace / "parts")
+    parts = PartialSamples(workspace / "parts")
     parts.save(range(2), np.zeros((2, 4, 4, 3), dtype=np.uint8))
     next((workspace / "parts").glob("*.npz")).write_bytes(b"torn")
     assert list(parts.found()) == []

@@ -25,7 +25,7 @@ from diffusion import params_file, paths
 from diffusion.distributed import World
 from diffusion.pipeline import evaluate, reference, sample
 from diffusion.sampling import generation
-from diffusion.sampling.partial import Parts
+from diffusion.sampling.partial import PartialSamples
 from diffusion.tracking import runs
 
 OVERRIDES = {"sample.sampler": "ddpm", "sample.batch_size": 4, "sample.num_images": 14}
@@ -55,15 +55,15 @@ def png_files_are(images: np.ndarray) -> None:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
     """Notes the batches that are drawn; raises `error` in the place of batch number `at`."""
     seen: dict[str, object] = {"drawn": [], "at": None, "error": None}
-    draw = generation.Drawing._draw
+    draw = generation.ImageGenerator._generate
 
-    def noting(self: generation.Drawing, part: range) -> object:
+    def noting(self: generation.ImageGenerator, part: range) -> object:
         if len(seen["drawn"]) == seen["at"]:  # type: ignore[arg-type]
             raise seen["error"]  # type: ignore[misc]
         seen["drawn"].append(part)  # type: ignore[attr-defined]
         return draw(self, part)
 
-    monkeypatch.setattr(generation.Drawing, "_draw", noting)
+    monkeypatch.setattr(generation.ImageGenerator, "_generate", noting)
     return seen  # type: ignore[return-value]
 
 
@@ -131,15 +131,15 @@ def test_another_batch_size_goes_on_with_what_is_there(trained: Path, batches: d
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_there(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = Parts.save
+    save = PartialSamples.save
 
-    def full(self: Parts, indices: range, images: np.ndarray) -> None:
+    def full(self: PartialSamples, indices: range, images: np.ndarray) -> None:
         if indices.start >= 8:
             raise OSError(errno.ENOSPC, "No space left on device", str(self.folder / "x.npz"))
         save(self, indices, images)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Parts, "save", full)
+        patch.setattr(PartialSamples, "save", full)
         result = run("sample")
     assert result.exit_code == 2
     assert re.search(r"error: \S+x\.npz: No space left on device: put that right; .*\n$", result.output)

@@ -164,7 +164,7 @@ def test_previews_of_other_code_are_drawn_again_where_their_weights_are_there(
     assert drawn == []
 
     monkeypatch.setattr(previews, "code_digests", lambda *_: {"sampling/samplers.py": "edited"})
-    assert "train: previews of steps 4 stay as other code or params drew them\n" in run("train").output
+    assert "train: previews of steps 4 stay as other code or params made them\n" in run("train").output
     assert drawn == [8]
     assert {path.name: path.read_bytes() for path in paths.PREVIEWS.iterdir()} == old  # the edit was none
     run_all("train")

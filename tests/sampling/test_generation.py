@@ -91,7 +91,7 @@ def test_compilation_is_for_large_sets_on_cuda(
     asked = []
     monkeypatch.setattr(generation, "_compiled", lambda *_, must: asked.append(must))
     config = dataclasses.replace(tiny().sample, compile=choice)
-    drawing = generation.Drawing(denoiser, config, 0, torch.device(device), size=4, images=images)
+    drawing = generation.ImageGenerator(denoiser, config, 0, torch.device(device), size=4, images=images)
     assert asked == [choice == "on"] * compiles
     assert (drawing.denoiser, drawing.fixed_shape) == (denoiser, False)
 
@@ -129,7 +129,7 @@ def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, opt
     config = dataclasses.replace(tiny().sample, batch_size=10, **options)
     small = Small(denoiser.net, denoiser.schedule, "v", clip_x0=True)
     progress: list[float] = []
-    drawing = generation.Drawing(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
+    drawing = generation.ImageGenerator(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
     drawn = list(drawing.batches([range(10), range(10, 13)]))
     assert sum(progress) == pytest.approx(13)
     assert len(progress) > 5 * config.steps  # five batches that fit, told of step by step

@@ -6,7 +6,7 @@ import pytest
 
 from diffusion.errors import UserError
 from diffusion.sampling.generation import cut
-from diffusion.sampling.partial import Parts, missing
+from diffusion.sampling.partial import PartialSamples, missing
 
 
 def pictures(indices: range) -> np.ndarray:
@@ -35,7 +35,7 @@ def test_what_remains_of_a_set_has_the_batches_of_the_whole() -> None:
 
 
 def test_parts_come_back_as_one_set(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "parts")
+    parts = PartialSamples(tmp_path / "parts")
     for indices in (range(8, 12), range(3), range(3, 8), range(2, 5)):
         parts.save(indices, pictures(indices))
     np.testing.assert_array_equal(parts.collect(12), pictures(range(12)))
@@ -47,7 +47,7 @@ def test_parts_come_back_as_one_set(tmp_path: Path) -> None:
 
 
 def test_a_damaged_part_is_drawn_again(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = PartialSamples(tmp_path)
     for indices in (range(4), range(4, 8), range(8, 12)):
         parts.save(indices, pictures(indices))
     torn, changed, _ = sorted(tmp_path.iterdir())
@@ -67,5 +67,5 @@ def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="disk full"):
-        Parts(tmp_path).save(range(2), pictures(range(2)))
+        PartialSamples(tmp_path).save(range(2), pictures(range(2)))
     assert list(tmp_path.iterdir()) == []

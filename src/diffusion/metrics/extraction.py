@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from diffusion.data.dataset import releases
 from diffusion.data.pixels import rgb
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.metrics import Moments
 from diffusion.metrics.features import Extractor
 
@@ -41,7 +41,7 @@ def features_of(
     batch_size: int,
     device: torch.device,
     what: str,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     *,
     keep: int = 0,  # features of at most so many images stay in memory
     blocks: int = 1,
@@ -68,7 +68,7 @@ def moments_of(
     batch_size: int,
     device: torch.device,
     what: str,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Moments:
     """Moments alone, of `features_of`."""
     return features_of(images, extractor, batch_size, device, what, world).moments

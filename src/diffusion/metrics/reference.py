@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.atomic import replacing
 from diffusion.data.npz import UNREADABLE, read_npz
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
 from diffusion.metrics.extraction import Images, features_of, released
 from diffusion.metrics.extractors import AGAIN
@@ -65,7 +65,7 @@ def make_reference(
     extractor: Extractor,
     batch_size: int,
     device: torch.device,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     *,
     keep: int = 0,
 ) -> Reference:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
 from diffusion.data.image_sets import load_samples
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
 from diffusion.metrics import Moments
 from diffusion.metrics.extraction import Extracted, features_of
@@ -28,7 +28,11 @@ from diffusion.runtime import keep_freed_memory, resolve_device
 
 
 def evaluate(
-    params: Params, samples: Path, about: Mapping[str, Any], folder: Path = paths.REFERENCE, world: World = ALONE
+    params: Params,
+    samples: Path,
+    about: Mapping[str, Any],
+    folder: Path = paths.REFERENCE,
+    world: World = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """`evaluate.measures` of the images in `samples` (npz) against the references in `folder`, shared by `world`.
 
@@ -112,13 +116,13 @@ def measured(config: EvaluateConfig, extractor: str, found: Extracted, reference
     Raises:
         UserError: there are too few samples for a measure.
     """
-    judge = Judge(config, extractor, reference)
+    measures = Measures(config, extractor, reference)
     for measure in dict.fromkeys(config.measures):
-        yield from getattr(judge, measure)(found)
+        yield from getattr(measures, measure)(found)
 
 
 @dataclass(frozen=True)
-class Judge:
+class Measures:
     """The measures, by the words of `evaluate.measures`, against one reference."""
 
     config: EvaluateConfig

@@ -65,7 +65,7 @@ def _report(result: dict[str, Any], step: int, tracker: Tracker) -> None:
 def _register(
     name: str, card: dict[str, Any], sample: dict[str, Any], code: str | None, result: dict[str, Any], tracker: Tracker
 ) -> None:
-    """Hand the model to the registry with its scores and the section and code that the samples were drawn with.
+    """Hand the model to the registry with its scores and the section and code that the samples were generated with.
 
     The library is kept as it is now: what MLflow gets later must not have the code of then.
     """

@@ -27,7 +27,7 @@ from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_d
 from diffusion.data import grids
 from diffusion.data.npz import read_npz
 from diffusion.distributed import World, joined
-from diffusion.locks import enter_alone, only_process
+from diffusion.locks import enter_exclusive, only_process
 from diffusion.model.card import is_guidable, read_card
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.model_file import load_denoiser
@@ -35,7 +35,7 @@ from diffusion.rules import doubtful
 from diffusion.runtime import keep_freed_memory
 from diffusion.sampling import generation, panels
 from diffusion.sampling.background import Background
-from diffusion.sampling.partial import Parts, missing
+from diffusion.sampling.partial import PartialSamples, missing
 from diffusion.sampling.samplers import evaluations
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
@@ -54,7 +54,7 @@ def sample(params: Params) -> None:
     """Write samples/: images.npz, card.json, grid.png, denoising.png and, if `sample.save_png`, png/00000.png ...
 
     Images that are there already, and whole, are kept, and only what shows them is made anew. It waits for a process
-    that draws the same images, or any others here.
+    that generates the same images, or any others here.
 
     Raises:
         UserError: there is no usable model, the device is not on this machine or too small for one image, or a file
@@ -67,25 +67,25 @@ def sample(params: Params) -> None:
         keep_freed_memory()
         denoiser = world.together(lambda: load_denoiser(paths.MODEL, params.sample, device))
         identity = samples_identity(params, _digest(paths.MODEL), str(denoiser.dtype), device.type)
-        parts = Parts(run / f"samples-{identity}")
-        enter_alone(held, world, lambda waiting: _only_one(parts.folder, waiting))
+        partial = PartialSamples(run / f"samples-{identity}")
+        enter_exclusive(held, world, lambda waiting: _only_one(partial.folder, waiting))
         tracker = _attach(params, card, run) if world.is_main else NullTracker()
         with runs.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
-            if not world.broadcast(_is_drawn(identity) if world.is_main else None):
-                _draw(params, denoiser, parts, world, device, tracker, card["step"])
+            if not world.broadcast(_is_generated(identity) if world.is_main else None):
+                _generate(params, denoiser, partial, world, device, tracker, card["step"])
             elif world.is_main:
                 _keep(params)
             if world.is_main:
                 _describe(params, denoiser, card, identity, device)
-                parts.remove()
+                partial.remove()
             for picture in (paths.SAMPLES / "grid.png", paths.SAMPLES / "denoising.png"):
                 tracker.artifact(picture, "samples")
 
 
 @contextlib.contextmanager
 def _only_one(folder: Path, waiting: Callable[[], object]) -> Iterator[None]:
-    """Keep out who draws these samples elsewhere, and who draws any others here."""
+    """Keep out who generates these samples elsewhere, and who generates any others here."""
     these = only_process(folder.with_suffix(".lock"), "is generating these samples", wait=True, waiting=waiting)
     with these, only_process(paths.SAMPLE_LOCK, "is sampling here", wait=True, waiting=waiting):
         yield
@@ -116,7 +116,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_drawn(identity: str) -> bool:
+def _is_generated(identity: str) -> bool:
     """Whether samples/ holds the images of this identity, byte for byte as they were written."""
     try:
         known = json.loads(paths.SAMPLES_CARD.read_text())["images"]
@@ -154,10 +154,10 @@ def _keep(params: Params) -> None:
         grids.save_all(_images(), PNG)
 
 
-def _draw(
+def _generate(
     params: Params,
     denoiser: Denoiser,
-    parts: Parts,
+    partial: PartialSamples,
     world: World,
     device: torch.device,
     tracker: Tracker,
@@ -168,13 +168,13 @@ def _draw(
         _clear()
     start, count = time.perf_counter(), params.sample.num_images
     try:
-        _draw_parts(params, denoiser, parts, world, device)
+        _generate_missing(params, denoiser, partial, world, device)
     except KeyboardInterrupt:
         if not world.is_main:
             sys.exit(130)
         raise KeyboardInterrupt("stopped; finished batches are kept, `dvc repro` goes on from there") from None
     if world.is_main:
-        arrays = {"images": parts.collect(count)}
+        arrays = {"images": partial.collect(count)}
         labels = generation.labels_of(params.sample, denoiser.num_classes, range(count))
         if labels is not None:
             arrays["labels"] = labels.numpy()
@@ -183,37 +183,39 @@ def _draw(
     tracker.metrics({"sample/seconds": time.perf_counter() - start, "sample/num_images": count}, step)
 
 
-def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, device: torch.device) -> None:
-    """Draw what `parts` lacks, this rank its share of the batches; all ranks are done when it returns."""
+def _generate_missing(
+    params: Params, denoiser: Denoiser, partial: PartialSamples, world: World, device: torch.device
+) -> None:
+    """Generate what `partial` lacks, this rank its share of the batches; all ranks are done when it returns."""
     config = params.sample
     share = math.ceil(config.num_images / world.size)
     sizes = world.gather(world.together(lambda: generation.batch_size(denoiser, config, share, device)))
-    size, todo = world.broadcast((min(sizes), _missing(config, parts, min(sizes))) if sizes else None)
+    size, todo = world.broadcast((min(sizes), _missing(config, partial, min(sizes))) if sizes else None)
     mine = [todo[i] for i in world.share(len(todo))]
     images_of_all = sum(map(len, mine))
-    drawn_so_far = 0.0
+    done_so_far = 0.0
 
     def advanced(amount: float) -> None:
-        nonlocal drawn_so_far
-        drawn_so_far += amount
-        bar.update(round(drawn_so_far) - bar.n)
+        nonlocal done_so_far
+        done_so_far += amount
+        bar.update(round(done_so_far) - bar.n)
 
-    drawing = world.together(
-        lambda: generation.Drawing(
+    generator = world.together(
+        lambda: generation.ImageGenerator(
             denoiser, config, params.seed, device, size=size, images=images_of_all, advanced=advanced
         )
     )
 
-    def keep(indices: range, drawn: Callable[[], Tensor]) -> None:
-        array = drawn().numpy()
-        parts.save(indices, array)
+    def keep(indices: range, images: Callable[[], Tensor]) -> None:
+        array = images().numpy()
+        partial.save(indices, array)
         if config.save_png:
             grids.save_all(array, PNG, first=indices.start)
 
     def work() -> None:
         with Background(keep) as background:
-            for indices, drawn in drawing.batches(mine):
-                background.put(indices, drawn)
+            for indices, images in generator.batches(mine):
+                background.put(indices, images)
 
     pace = 0.5 if sys.stderr.isatty() else 30
     name = "sample" if world.size == 1 else f"sample (1 of {world.size} processes)"
@@ -221,11 +223,11 @@ def _draw_parts(params: Params, denoiser: Denoiser, parts: Parts, world: World, 
         world.together(work)
 
 
-def _missing(config: SampleConfig, parts: Parts, size: int) -> list[range]:
-    """The batches that are still to be drawn. PNG files are made anew: DVC has deleted those of a stopped stage."""
+def _missing(config: SampleConfig, partial: PartialSamples, size: int) -> list[range]:
+    """The batches that are still to be generated. PNG files are made anew: DVC has deleted those of a stopped stage."""
     grids.remove_numbered(PNG)
     done = []
-    for indices, array in parts.found():
+    for indices, array in partial.found():
         done.append(indices)
         if config.save_png:
             grids.save_all(array, PNG, first=indices.start)
@@ -258,23 +260,23 @@ def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity
 
 def _write_pictures(params: Params, denoiser: Denoiser, guidable: bool, device: torch.device) -> None:
     """The grid and the strip; of a network that knows classes also rows of them, and guidances."""
-    config, drawn = params.sample, _images()
-    grids.save_png(grids.grid(drawn[:GRID_IMAGES], columns=8, scale=grids.zoom(drawn)), paths.SAMPLES / "grid.png")
+    config, images = params.sample, _images()
+    grids.save_png(grids.grid(images[:GRID_IMAGES], columns=8, scale=grids.zoom(images)), paths.SAMPLES / "grid.png")
     shown = range(min(STRIP_IMAGES, config.num_images))
     strip = panels.stages(denoiser, config, params.seed, shown, device, STRIP_COLUMNS)
-    grids.save_png(grids.strip(strip.numpy(), scale=grids.zoom(drawn)), paths.SAMPLES / "denoising.png")
+    grids.save_png(grids.strip(strip.numpy(), scale=grids.zoom(images)), paths.SAMPLES / "denoising.png")
     labels = generation.labels_of(config, denoiser.num_classes, range(config.num_images))
     if labels is not None:
-        _write_classes(drawn, labels)
+        _write_classes(images, labels)
         if guidable:
-            _write_guidances(params, denoiser, device, grids.zoom(drawn))
+            _write_guidances(params, denoiser, device, grids.zoom(images))
 
 
-def _write_classes(drawn: np.ndarray, labels: Tensor) -> None:
+def _write_classes(images: np.ndarray, labels: Tensor) -> None:
     """classes.png, a row a class."""
-    rows = panels.by_class(torch.from_numpy(drawn), labels, CLASS_COLUMNS)
+    rows = panels.by_class(torch.from_numpy(images), labels, CLASS_COLUMNS)
     if len(rows):
-        picture = grids.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=grids.zoom(drawn))
+        picture = grids.grid(rows.numpy(), columns=CLASS_COLUMNS, scale=grids.zoom(images))
         grids.save_png(picture, paths.SAMPLES / "classes.png")
 
 

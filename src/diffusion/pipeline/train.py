@@ -18,7 +18,7 @@ from diffusion.config import Params, TrainedConfig, flat, trained, trained_from_
 from diffusion.data.dataset import Dataset
 from diffusion.distributed import joined
 from diffusion.errors import StopRequest, UserError
-from diffusion.locks import enter_alone, only_trainer
+from diffusion.locks import enter_exclusive, only_trainer
 from diffusion.model.model_file import save_model
 from diffusion.params_file import write_yaml
 from diffusion.runtime import keep_freed_memory, peak_memory
@@ -50,7 +50,7 @@ def train_model(params: Params) -> None:
         data = world.together(Dataset.load)
         keep_freed_memory()
         folder = paths.RUNS / fingerprint(config, data.identity)
-        enter_alone(held, world, lambda waiting: only_trainer(folder, wait=True, waiting=waiting))
+        enter_exclusive(held, world, lambda waiting: only_trainer(folder, wait=True, waiting=waiting))
         stop = held.enter_context(StopRequest())
         score = Scorer(config, data, folder, device) if config.train.evaluate_every else None
         if world.is_main:
@@ -64,11 +64,11 @@ def train_model(params: Params) -> None:
         with runs.closing_status(tracker, "train"):
             if world.is_main:
                 _describe(params, folder, tracker)
-            if world.is_main and _shows(trainer) and not has_previews(trainer):  # it was killed before it drew them
-                _draw_previews(trainer, tracker)
+            if world.is_main and _shows(trainer) and not has_previews(trainer):  # it was killed before it made them
+                _write_previews(trainer, tracker)
             _loop(trainer, tracker, stop)
             if world.is_main and not has_previews(trainer):
-                _draw_previews(trainer, tracker)
+                _write_previews(trainer, tracker)
             if world.is_main:
                 _write_outputs(trainer, tracker, data.digest)
 
@@ -90,7 +90,7 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
                 bar.update(config.batch_size)
                 _show(record, trainer, tracker, system, bar)
                 if _shows(trainer):
-                    _draw_previews(trainer, tracker)
+                    _write_previews(trainer, tracker)
             if _stops(trainer, stop, record.step):
                 trainer.save()
                 if not world.is_main:
@@ -99,12 +99,12 @@ def _loop(trainer: Trainer, tracker: Tracker, stop: StopRequest) -> None:
 
 
 def _shows(trainer: Trainer) -> bool:
-    """Whether previews are drawn at the step that the training is at, other than the last, which always has them."""
+    """Whether previews are made at the step that the training is at, other than the last, which always has them."""
     step, config = trainer.progress.step, trainer.config.train
     return 0 < step < config.steps and step % config.preview_every == 0
 
 
-def _draw_previews(trainer: Trainer, tracker: Tracker) -> None:
+def _write_previews(trainer: Trainer, tracker: Tracker) -> None:
     """Pictures of the step that the training is at."""
     for key, picture in zip(("samples", "denoising"), write_previews(trainer), strict=True):
         tracker.image(picture, key, trainer.progress.step)
@@ -139,7 +139,7 @@ def _show(record: Record, trainer: Trainer, tracker: Tracker, system: SystemMetr
 
 
 def _open_run(params: Params, trainer: Trainer, data_digest: str) -> Tracker:
-    """The MLflow run of this training: a new one, or the one that a stopped sitting began."""
+    """The MLflow run of this training: a new one, or the one that a stopped session began."""
     return runs.open_run(
         params.tracking,
         name=run_name(params),
@@ -216,7 +216,7 @@ def _write_outputs(trainer: Trainer, tracker: Tracker, data_digest: str) -> None
     shutil.copytree(trainer.folder / "previews", paths.PREVIEWS)
     if others := outdated_previews(trainer):
         steps = ", ".join(map(str, others))
-        print(f"train: previews of steps {steps} stay as other code or params drew them", file=sys.stderr)
+        print(f"train: previews of steps {steps} stay as other code or params made them", file=sys.stderr)
     numbers = {key.removeprefix("final_"): value for key, value in metrics.items() if isinstance(value, int | float)}
     tracker.metrics({f"final/{key}": float(value) for key, value in numbers.items()}, progress.step)
     for path in (paths.MODEL, paths.MODEL_CARD):

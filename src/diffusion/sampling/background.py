@@ -1,4 +1,4 @@
-"""Work that a loop hands to a thread, so that files are written while the next batch is drawn."""
+"""Work that a loop hands to a thread, so that files are written while the next batch is generated."""
 
 from collections import deque
 from collections.abc import Callable

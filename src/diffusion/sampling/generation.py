@@ -67,8 +67,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """uint8 (B, H, W, C) on the CPU, batch after batch as `sample.batch_size` says, in the order of `indices`."""
     size = batch_size(denoiser, config, len(indices), device)
-    drawing = Drawing(denoiser, config, seed, device, size=size, images=len(indices))
-    for _, images in drawing.batches(cut(indices, size)):
+    generator = ImageGenerator(denoiser, config, seed, device, size=size, images=len(indices))
+    for _, images in generator.batches(cut(indices, size)):
         yield images()
 
 
@@ -82,7 +82,7 @@ def batch_size(denoiser: Denoiser, config: SampleConfig, images: int, device: to
         return min(config.batch_size, images)
     size = min(CUDA_BATCH if device.type == "cuda" else CPU_BATCH, images)
     if device.type == "cuda":
-        while not _fits(_as_drawn(denoiser, config, size, device), size, device):
+        while not _fits(_with_labels(denoiser, config, size, device), size, device):
             size = _halved(size, device)
     return math.ceil(images / math.ceil(images / size))
 
@@ -93,8 +93,8 @@ def cut(indices: range, size: int) -> list[range]:
     return [range(a, b) for a, b in zip([indices.start, *ends], ends, strict=False) if a < b]
 
 
-class Drawing:
-    """Draws images in batches of `size`, or of half of it, and half again, when the device's memory is too small."""
+class ImageGenerator:
+    """Images in batches of `size`, or of half of it, and half again, when the memory of the device is too small."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Drawing:
         device: torch.device,
         *,
         size: int,  # images of a batch
-        images: int,  # that will be drawn: whether compiling pays
+        images: int,  # that will be generated: whether compiling pays
         advanced: Callable[[float], object] = float,  # told after each step how much it was, in whole images
     ) -> None:
         self.config, self.seed, self.device, self.size, self.advanced = config, seed, device, size, advanced
@@ -116,43 +116,43 @@ class Drawing:
         self.denoiser = compiled or denoiser
         self.fixed_shape = compiled is not None  # each shape costs a compilation
 
-    def batches(self, parts: Iterable[range]) -> Iterator[tuple[range, Callable[[], Tensor]]]:
-        """(indices, images) of all of `parts` in order; images() waits for the device: uint8 (B, H, W, C) on the CPU.
+    def batches(self, ranges: Iterable[range]) -> Iterator[tuple[range, Callable[[], Tensor]]]:
+        """(indices, images) of all of `ranges` in order; images() waits for the device: uint8 (B, H, W, C) on the CPU.
 
         A batch may still be in the works when the next one is asked for, so that the device never waits.
 
         Raises:
             UserError: not even one image fits into the device's memory.
         """
-        todo = deque(parts)
+        todo = deque(ranges)
         while todo:
-            part = todo.popleft()
-            images = None if len(part) > self.size else self._draw(part)
+            indices = todo.popleft()
+            images = None if len(indices) > self.size else self._generate(indices)
             if images is not None:
-                yield part, _to_host(images)
+                yield indices, _to_host(images)
                 continue
-            if len(part) <= self.size:
+            if len(indices) <= self.size:
                 self.size = _halved(self.size, self.device)
-            todo.extendleft(reversed([part[i : i + self.size] for i in range(0, len(part), self.size)]))
+            todo.extendleft(reversed([indices[i : i + self.size] for i in range(0, len(indices), self.size)]))
 
     @torch.inference_mode()
-    def _draw(self, part: range) -> Tensor | None:
+    def _generate(self, indices: range) -> Tensor | None:
         """uint8 (B, H, W, C) on the device; None if its memory was too small."""
-        padding = [part[-1]] * (self.size - len(part)) if self.fixed_shape else []
-        step, told = len(part) / self.config.steps, 0.0
+        padding = [indices[-1]] * (self.size - len(indices)) if self.fixed_shape else []
+        step, told = len(indices) / self.config.steps, 0.0
         try:
-            chain = trajectory(self.denoiser, self.config, self.seed, [*part, *padding], self.device)
+            chain = trajectory(self.denoiser, self.config, self.seed, [*indices, *padding], self.device)
             x0 = next(chain)  # the noise
             for x in chain:
                 self.advanced(step)
                 x0, told = x, told + step
-            return to_uint8(x0[: len(part)])
+            return to_uint8(x0[: len(indices)])
         except torch.OutOfMemoryError:
             self.advanced(-told)
             return None
 
 
-def _as_drawn(denoiser: Denoiser, config: SampleConfig, size: int, device: torch.device) -> Denoiser:
+def _with_labels(denoiser: Denoiser, config: SampleConfig, size: int, device: torch.device) -> Denoiser:
     """With labels and guidance, which may double the batch that the network sees."""
     labels = labels_of(config, denoiser.num_classes, range(size))
     return denoiser if labels is None else denoiser.of(labels.to(device), config.guidance)
@@ -182,7 +182,7 @@ def _compiled(
     """`denoiser`, compiled for batches of `size`; None if that cannot be done here, unless it `must`."""
     compiled = denoiser.compiled()
     try:
-        _fits(_as_drawn(compiled, config, size, device), size, device)  # the first call compiles
+        _fits(_with_labels(compiled, config, size, device), size, device)  # the first call compiles
     except Exception as error:  # torch's compiler raises many kinds: no C compiler, no Triton, an unknown GPU
         reason = " ".join(str(error).split())[:160]
         if must:

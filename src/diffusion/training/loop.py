@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffusion.config import TrainedConfig, to_dict
 from diffusion.data.dataset import Batches, Dataset
 from diffusion.data.pixels import to_tensor
-from diffusion.distributed import ALONE, World, data_parallel
+from diffusion.distributed import SINGLE_PROCESS, World, data_parallel
 from diffusion.errors import DivergedError
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.schedules import configured_schedule
@@ -44,7 +44,7 @@ class Trainer:
         data: Dataset,
         folder: Path,
         device: torch.device,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         score: "Callable[[Trainer], float] | None" = None,  # of the averaged weights; all ranks get the same
         origin: Mapping[str, str] | None = None,  # commit, machine, ... for the checkpoints, which keep the first
     ) -> None:
@@ -156,7 +156,7 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint the state as it is now; all ranks call it, and rank 0 writes.
 
-        Not amid bad steps, but at the end: a rollback, in this sitting or the next, must lead back to before them.
+        Not amid bad steps, but at the end: a rollback, in this session or the next, must lead back to before them.
         """
         self.settle()
         amid = self.progress.bad_in_a_row and self.progress.step < self.config.train.steps

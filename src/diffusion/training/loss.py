@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion.distributed import ALONE, World
+from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.model.parameterization import PARAMETERIZATIONS
 from diffusion.model.process import q_sample, signal_and_noise
 from diffusion.model.schedules import NoiseSchedule
@@ -113,7 +113,7 @@ class Loss:
         x0: Tensor,
         seed: int,
         batch_size: int,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
         **given: Tensor,
     ) -> float:
         """Unweighted mean loss of x0 (N, C, H, W) on one fixed (t, noise) grid; each rank of `world` does its share.

@@ -21,7 +21,7 @@ STRIP_COLUMNS = 9
 def write_previews(trainer: Trainer) -> list[Path]:
     """Write previews/step_<step>.png (a grid) and step_<step>_denoising.png (a strip) into the trainer's folder.
 
-    previews.json beside them records what drew those of each step.
+    previews.json beside them records what made those of each step.
     """
     train, seed, config = trainer.config.train, trainer.config.seed, preview_config(trainer.config.train)
     at_once = 2 * train.micro_batch if train.micro_batch else config.num_images  # as validation, which fits
@@ -33,21 +33,21 @@ def write_previews(trainer: Trainer) -> list[Path]:
     pictures = _pictures(trainer)
     grids.save_png(grids.grid(frames[-1], columns=8, scale=grids.zoom(frames)), pictures[0])
     grids.save_png(grids.strip(frames[:, :STRIP_IMAGES], scale=grids.zoom(frames)), pictures[1])
-    write_json(_record(trainer), {**_drawn_by(trainer), str(trainer.progress.step): _way(trainer)})
+    write_json(_record(trainer), {**_made_by(trainer), str(trainer.progress.step): _way(trainer)})
     return pictures
 
 
 def has_previews(trainer: Trainer) -> bool:
-    """Whether there are pictures of the step that the training is at, and they are as they would be drawn now."""
-    drawn_by = _drawn_by(trainer).get(str(trainer.progress.step))
-    return drawn_by == _way(trainer) and all(path.exists() for path in _pictures(trainer))
+    """Whether there are pictures of the step that the training is at, and they are as they would be made now."""
+    made_by = _made_by(trainer).get(str(trainer.progress.step))
+    return made_by == _way(trainer) and all(path.exists() for path in _pictures(trainer))
 
 
 def outdated_previews(trainer: Trainer) -> list[int]:
     """Steps whose pictures would be others now; their weights are gone, unless the training is at that step."""
     steps = {int(path.stem.split("_")[1]) for path in (trainer.folder / "previews").glob("step_*.png")}
-    drawn_by, way = _drawn_by(trainer), _way(trainer)
-    return sorted(step for step in steps if drawn_by.get(str(step)) != way)
+    made_by, way = _made_by(trainer), _way(trainer)
+    return sorted(step for step in steps if made_by.get(str(step)) != way)
 
 
 def _pictures(trainer: Trainer) -> list[Path]:
@@ -59,7 +59,7 @@ def _record(trainer: Trainer) -> Path:
     return trainer.folder / "previews.json"
 
 
-def _drawn_by(trainer: Trainer) -> dict[str, str]:
+def _made_by(trainer: Trainer) -> dict[str, str]:
     """`_way` by step; those of an earlier version have none."""
     try:
         return dict(json.loads(_record(trainer).read_text()))
@@ -68,7 +68,7 @@ def _drawn_by(trainer: Trainer) -> dict[str, str]:
 
 
 def _way(trainer: Trainer) -> str:
-    """16 hex digits of the code and the params that previews are drawn by, beside the weights."""
+    """16 hex digits of the code and the params that previews depend on, beside the weights."""
     config = to_dict(preview_config(trainer.config.train))
     del config["device"]
     code = code_digests("sampling/panels.py", "data/grids.py"), file_digest(Path(__file__))

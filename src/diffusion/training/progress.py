@@ -1,4 +1,4 @@
-"""How far a training is: its numbers over all sittings, what one step was like, and the smoothed loss."""
+"""How far a training is: its numbers over all its sessions, what one step was like, and the smoothed loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Progress:
     skipped: int = 0  # steps not taken because their loss or gradient was not finite
     bad_in_a_row: int = 0
     rollbacks: int = 0
-    seconds: float = 0.0  # of training, over all sittings
+    seconds: float = 0.0  # of training, over all sessions
     loss_rows: list[dict[str, float]] = field(default_factory=list)
     val_rows: list[dict[str, float]] = field(default_factory=list)
     best_fd_lite0: float = math.inf
