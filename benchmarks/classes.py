@@ -4,7 +4,6 @@ params/conditional.yaml is trained; a linear classifier on EfficientNet-Lite0's 
 on 2,000 test images, then judges balanced samples at several guidances, which are scored as fd_lite0 too.
 """
 
-import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ def main(samples: int, steps: int | None) -> None:
     trainer.ema.net.load_state_dict(trainer.best)
     result: dict[str, Any] = {}
     for guidance in panels.GUIDANCES:
-        config = dataclasses.replace(params.sample, guidance=guidance)
+        config = params.sample.model_copy(update={"guidance": guidance})
         drawn = torch.cat([*generation.generate(trainer.denoiser(), config, params.seed, range(samples), device)])
         labels = generation.labels_of(config, params.model.num_classes, range(samples))
         assert labels is not None

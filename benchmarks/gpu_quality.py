@@ -1,7 +1,6 @@
 """How good is it after a given time? Training to a deadline, sampling and scoring, each keeping what it has."""
 
 import csv
-import dataclasses
 import io
 import math
 import time
@@ -17,7 +16,7 @@ from gpu_session import Part
 from gpu_speed import release, with_compile
 from rates import synchronize
 
-from diffusion.config import Params, TrainedConfig, to_dict, trained
+from diffusion.config import Params, TrainedConfig, trained
 from diffusion.data import grids
 from diffusion.data.dataset import Dataset
 from diffusion.metrics import Moments
@@ -64,7 +63,8 @@ def train_to_deadline(part: Part, task: Task) -> None:
     config = trained(with_compile(task.params, "train", task.device.type == "cuda"))
     folder = task.folder / "large/runs" / fingerprint(config, task.data.identity)
     trainer = Trainer(config, task.data, folder, task.device)
-    part.keep(resumed_at=trainer.progress.step, batch_size=config.train.batch_size, recipe=to_dict(config))
+    recipe = config.model_dump(mode="json")
+    part.keep(resumed_at=trainer.progress.step, batch_size=config.train.batch_size, recipe=recipe)
     try:
         _loop(part, trainer, task)
         trainer.validate()
@@ -145,7 +145,8 @@ def _checkpoint(part: Part, trainer: Trainer, task: Task, images_per_second: flo
 
 def with_steps(config: TrainedConfig, steps: int) -> TrainedConfig:
     """`config` with another number of steps: the learning rate of the steps to come ends there."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    changes = {"steps": steps, "warmup_steps": min(config.train.warmup_steps, steps)}
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
 def _reserve(part: Part, task: Task, images_per_second: float) -> float:

@@ -3,7 +3,6 @@
 A unit of work is timed between two synchronisations of the device; the contestants take turns, and medians count.
 """
 
-import dataclasses
 import gc
 import subprocess
 import tempfile
@@ -83,7 +82,7 @@ def measure_training(part: Part, params: Params, data: Dataset, batch_sizes: lis
 def measure_sampling(part: Part, params: Params, device: torch.device) -> None:
     """Network evaluations of one image a second while sampling with DDIM."""
     batch_size = params.sample.batch_size or SAMPLING_BATCH
-    params = dataclasses.replace(params, sample=dataclasses.replace(params.sample, batch_size=batch_size))
+    params = params.model_copy(update={"sample": params.sample.model_copy(update={"batch_size": batch_size})})
     entry: dict[str, Any] = {}
     part.keep(batch_size=batch_size, evaluations_per_image=EVALUATIONS, contestants=entry)
     ours = partial(_our_sampling, params, device)
@@ -130,8 +129,8 @@ def compete(
 
 def with_compile(params: Params, section: str, wanted: bool) -> Params:
     """`params` with train.compile or sample.compile as `wanted`."""
-    changed = dataclasses.replace(getattr(params, section), compile="on" if wanted else "off")
-    return dataclasses.replace(params, **{section: changed})
+    changed = getattr(params, section).model_copy(update={"compile": "on" if wanted else "off"})
+    return params.model_copy(update={section: changed})
 
 
 def release(device: torch.device) -> None:
@@ -145,9 +144,8 @@ def release(device: torch.device) -> None:
 def _training_contestants(
     params: Params, data: Dataset, batch_size: int, folder: Path, device: torch.device
 ) -> Mapping[str, Build]:
-    params = dataclasses.replace(
-        params, train=dataclasses.replace(params.train, batch_size=batch_size, steps=10**6, precision="bf16")
-    )
+    timed = {"batch_size": batch_size, "steps": 10**6, "precision": "bf16"}
+    params = params.model_copy(update={"train": params.train.model_copy(update=timed)})
     cuda = device.type == "cuda"
     found: dict[str, Build] = {"ours": partial(_our_training, params, data, folder / "ours", device, compiled=cuda)}
     if cuda:
@@ -178,7 +176,7 @@ def _our_sampling(
     params = with_compile(params, "sample", compiled)
     schedule = configured_schedule(params.diffusion).to(device)
     denoiser = Denoiser(net, schedule, params.diffusion.prediction, dtype=dtype, clip_x0=True)
-    config = dataclasses.replace(params.sample, sampler="ddim", eta=0.0, steps=EVALUATIONS)
+    config = params.sample.model_copy(update={"sampler": "ddim", "eta": 0.0, "steps": EVALUATIONS})
     images = range(config.batch_size or SAMPLING_BATCH)
     return lambda: _ignore(list(generation.generate(denoiser, config, 0, images, device)))
 

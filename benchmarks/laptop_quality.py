@@ -5,7 +5,6 @@ Then 2,000 images are sampled as params.yaml says and scored as fd_lite0 against
 Needs the data: run `dvc repro prepare` once.
 """
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -69,7 +68,7 @@ def train_for(
     """Train as `params` say, but for as many steps as `seconds` allow here; (trainer, seconds that it took)."""
     rate = steps_per_second(Trainer(trained(params), data, folder / "calibration", device))
     steps = int(seconds * rate * 0.92)  # validation and checkpoints take some, and a long run slows a little
-    params = dataclasses.replace(params, train=dataclasses.replace(params.train, steps=steps))
+    params = params.model_copy(update={"train": params.train.model_copy(update={"steps": steps})})
     start = time.perf_counter()
     trainer = Trainer(trained(params), data, folder / "run", device)
     for record in train(trainer):

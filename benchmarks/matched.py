@@ -4,8 +4,6 @@ Ours has the topology and the parameters of diffusers' (2.74M, 0.764 GFLOP a for
 groups of 16 channels or more; denoising-diffusion-pytorch has another topology, so it is matched in GFLOP.
 """
 
-import dataclasses
-
 import torch
 
 from diffusion.config import ModelConfig, Params
@@ -39,7 +37,7 @@ def params(batch_size: int) -> Params:
 
 def diffusers_model(batch_size: int) -> ModelConfig:
     """The same for diffusers, with its own defaults of 32 groups and 8 channels a head."""
-    return dataclasses.replace(params(batch_size).model, norm_groups=32, head_channels=8)
+    return params(batch_size).model.model_copy(update={"norm_groups": 32, "head_channels": 8})
 
 
 def data(count: int = 10_000) -> Dataset:

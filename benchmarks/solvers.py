@@ -5,7 +5,6 @@ with 50 and 100, and by ddpm with 1,000, against the first 10,000 training image
 results/solvers.json and is not done again for the same model.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
@@ -87,7 +86,9 @@ def runs(sample: SampleConfig) -> Iterator[SampleConfig]:
 
 def configured(sample: SampleConfig, sampler: Any, spacing: Any, steps: int) -> SampleConfig:
     """`sample` with another solver, deterministic where it can be."""
-    return dataclasses.replace(sample, sampler=sampler, spacing=spacing, steps=steps, eta=0.0, variance="fixed_small")
+    return sample.model_copy(
+        update={"sampler": sampler, "spacing": spacing, "steps": steps, "eta": 0.0, "variance": "fixed_small"}
+    )
 
 
 def model(params: Params, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:

@@ -6,7 +6,6 @@ example's. 2,000 samples each (ours as params.yaml says, diffusers' by DDIM with
 fd_lite0 against the first 10,000 training images. Needs the data: run `dvc repro prepare` once.
 """
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -51,7 +50,7 @@ def main(seconds: float, part: float, lr: float, batch_size: int) -> None:
 def diffusers(seconds: float, lr: float, batch_size: int, data: Dataset) -> dict[str, Any]:
     """Train diffusers for `seconds`, sample and score."""
     params = load("params.yaml")
-    config = dataclasses.replace(matched.params(batch_size).train, lr=lr)
+    config = matched.params(batch_size).train.model_copy(update={"lr": lr})
     step = peers.DiffusersTraining(matched.diffusers_model(batch_size), config, data, CPU, torch.float32)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:

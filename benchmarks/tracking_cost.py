@@ -158,7 +158,7 @@ def seconds_of_points() -> float:
     from diffusion.tracking import runs
 
     folder = paths.RUNS / "points"
-    tracker = runs.open_run(TrackingConfig(True, "points"), name="points", run_folder=folder)
+    tracker = runs.open_run(TrackingConfig(enabled=True, experiment="points"), name="points", run_folder=folder)
     start = time.perf_counter()
     for step in range(POINTS // KEYS):
         tracker.metrics({f"key {i}": step + i / KEYS for i in range(KEYS)}, step)

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -137,7 +136,7 @@ def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = trial_config(params, values)
         if kind != KINDS[0]:
-            config = replace(config, train=replace(config.train, lr=values["train.lr"]))
+            config = config.model_copy(update={"train": config.train.model_copy(update={"lr": values["train.lr"]})})
         trainer = Trainer(config, Dataset.load(), Path(folder), CPU)
         steps = trainer.config.train.steps
         points = {max(1, steps // 2): "common_error_half", steps: "common_error"}

@@ -1,74 +1,104 @@
-"""The sections of params.yaml as frozen dataclasses, which the library takes; params_file.py reads and checks it.
+"""The sections of params.yaml as frozen pydantic models, each with its ranges and the rules between its keys.
 
-Every key of params.yaml is a field here and every number lives there: the dataclasses have no defaults.
+Every key of params.yaml is a field here and every number lives there: the models have no defaults.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from diffusion import rules
 from diffusion.errors import UserError
 
-
-@dataclass(frozen=True)
-class Range:
-    """Closed interval of allowed values, read by pydantic and printed in error messages."""
-
-    low: float
-    high: float
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return {**handler(source), "ge": self.low, "le": self.high}
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}"
-
-
-Seed = Annotated[int, Range(0, 2**63 - 1)]
-Count = Annotated[int, Range(1, 10**9)]
-CountOrOff = Annotated[int, Range(0, 10**9)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrOff = Annotated[int, Field(ge=0, le=10**9)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Schedule = Literal["linear", "cosine", "sigmoid", "edm"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 Measure = Literal["frechet", "kid", "precision_recall", "copies", "infinity"]
-Processes = Annotated[int, Range(1, 64)]
+Processes = Annotated[int, Field(ge=1, le=64)]
 
 
-@dataclass(frozen=True)
-class DataConfig:
+class Section(BaseModel):
+    """What all sections are: no unknown keys, and values that stay."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="after")
+    def _keep_rules(self) -> Self:
+        for problem in self.broken():
+            raise ValueError(problem)
+        return self
+
+    def broken(self) -> Iterator[str]:
+        """One line for each rule between keys that the values break: the keys, and what to do."""
+        yield from ()
+
+
+class DataConfig(Section):
     source: str
     path: str | None
     sources: tuple[Literal["local", "mirrors", "npm", "official"], ...]
-    val_images: Annotated[int, Range(10, 40_000)]
+    val_images: int = Field(ge=10, le=40_000)
+
+    def broken(self) -> Iterator[str]:
+        if not self.sources:
+            yield "data.sources is empty: name at least one of local, mirrors, npm, official"
+        if self.path is not None and "local" not in self.sources:
+            yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
 
 
-@dataclass(frozen=True)
-class DiffusionConfig:
+class DiffusionConfig(Section):
     schedule: Schedule
-    num_steps: Annotated[int, Range(2, 100_000)]
+    num_steps: int = Field(ge=2, le=100_000)
     zero_terminal_snr: bool
     prediction: Literal["eps", "x0", "v", "edm"]
 
+    def broken(self) -> Iterator[str]:
+        if self.zero_terminal_snr and self.prediction == "eps":
+            yield "diffusion.zero_terminal_snr leaves nothing to predict x0 from with prediction eps: use v, x0 or edm"
 
-@dataclass(frozen=True)
-class ModelConfig:
-    image_size: Annotated[int, Range(4, 1024)]
-    image_channels: Annotated[int, Range(1, 4)]
+
+class ModelConfig(Section):
+    image_size: int = Field(ge=4, le=1024)
+    image_channels: int = Field(ge=1, le=4)
     patch_size: Literal[1, 2, 4]
-    channels: Annotated[int, Range(8, 1024)]
-    multipliers: tuple[Annotated[int, Range(1, 16)], ...]
-    num_blocks: Annotated[int, Range(1, 8)]
-    attention_resolutions: tuple[Annotated[int, Range(1, 1024)], ...]
-    head_channels: Annotated[int, Range(8, 1024)] | None
+    channels: int = Field(ge=8, le=1024)
+    multipliers: tuple[Annotated[int, Field(ge=1, le=16)], ...]
+    num_blocks: int = Field(ge=1, le=8)
+    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=1024)], ...]
+    head_channels: int | None = Field(ge=8, le=1024)
     downsample: Literal["symmetric", "same"]
     upsample: Literal["conv", "shuffle"]
-    norm_groups: Annotated[int, Range(1, 128)]
+    norm_groups: int = Field(ge=1, le=128)
     dropout: Fraction
-    num_classes: Annotated[int, Range(1, 100_000)] | None
+    num_classes: int | None = Field(ge=1, le=100_000)
     augment: Fraction
+
+    def broken(self) -> Iterator[str]:
+        if not self.multipliers:
+            yield "model.multipliers is empty: give one whole number a level, for example [1, 2, 2]"
+        stride = self.patch_size * 2 ** (len(self.multipliers) - 1)
+        if self.image_size % stride:
+            yield (
+                f"model.multipliers has {len(self.multipliers)} levels, which with model.patch_size = "
+                f"{self.patch_size} divides model.image_size = {self.image_size} by {stride}: use fewer levels, or "
+                "another size"
+            )
+        sizes = [self.image_size // self.patch_size // 2**level for level in range(len(self.multipliers))]
+        for size in self.attention_resolutions:
+            if size not in sizes:
+                yield f"model.attention_resolutions = {size}: the levels' feature maps have the sizes {sizes}"
+        for width in {self.channels * m for m in self.multipliers}:
+            if self.head_channels and width % self.head_channels:
+                yield (
+                    f"model.head_channels = {self.head_channels} does not divide a level's width of {width}: "
+                    "change it, or null for one head"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,40 +106,52 @@ class ModelConfig:
         return self.image_channels, self.image_size, self.image_size
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section):
     steps: Count
-    batch_size: Annotated[int, Range(1, 65_536)]
+    batch_size: int = Field(ge=1, le=65_536)
     optimizer: Literal["adamw", "muon"]
-    lr: Annotated[float, Range(1e-8, 1.0)]
+    lr: float = Field(ge=1e-8, le=1.0)
     lr_schedule: Literal["constant", "cosine", "linear"]
     warmup_steps: CountOrOff
     weight_decay: Fraction
-    adam_beta2: Annotated[float, Range(0.5, 0.99999)]
-    grad_clip: Annotated[float, Range(1e-6, 1e6)]
-    ema_decay: Annotated[float, Range(0.0, 0.999999)]
+    adam_beta2: float = Field(ge=0.5, le=0.99999)
+    grad_clip: float = Field(ge=1e-6, le=1e6)
+    ema_decay: float = Field(ge=0.0, le=0.999999)
     loss_weight: Literal["simple", "min_snr", "own"]
     timesteps: Literal["uniform", "stratified", "lognormal"]
     flip: bool
     label_dropout: Fraction
     device: Device
     precision: Precision
-    micro_batch: Annotated[int, Range(1, 65_536)] | None
+    micro_batch: int | None = Field(ge=1, le=65_536)
     compile: Compile
     processes: Processes
     log_every: Count
     validate_every: Count
     evaluate_every: CountOrOff
-    evaluate_images: Annotated[int, Range(2, 50_000)]
+    evaluate_images: int = Field(ge=2, le=50_000)
     best_by: Literal["val_loss", "fd_lite0", "last"]
     preview_every: Count
-    preview_images: Annotated[int, Range(1, 1024)]
-    preview_steps: Annotated[int, Range(1, 1000)]
+    preview_images: int = Field(ge=1, le=1024)
+    preview_steps: int = Field(ge=1, le=1000)
     checkpoint_every: Count
 
+    def broken(self) -> Iterator[str]:
+        if self.processes > self.batch_size:
+            yield (
+                f"train.processes = {self.processes} is more than train.batch_size = {self.batch_size}, "
+                "which they share: lower it"
+            )
+        if self.warmup_steps > self.steps:
+            yield (
+                f"train.warmup_steps = {self.warmup_steps} is more than train.steps = {self.steps}, so train.lr would "
+                "never be reached: lower it"
+            )
+        if self.best_by == "fd_lite0" and not self.evaluate_every:
+            yield "train.best_by = fd_lite0 needs values of it: set train.evaluate_every, or train.best_by: val_loss"
 
-@dataclass(frozen=True)
-class TrainedConfig:
+
+class TrainedConfig(Section):
     """The sections that decide what a trained model is; its JSON card carries them."""
 
     seed: Seed
@@ -118,47 +160,52 @@ class TrainedConfig:
     train: TrainConfig
 
 
-@dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Section):
     sampler: Literal["ddpm", "ddim", "heun", "dpmpp_2m", "unipc"]
-    steps: Annotated[int, Range(1, 100_000)]
+    steps: int = Field(ge=1, le=100_000)
     spacing: Literal["uniform", "quadratic", "trailing", "logsnr", "karras"]
     eta: Fraction
     variance: Literal["fixed_small", "fixed_large"]
     clip_x0: bool
-    guidance: Annotated[float, Range(0.0, 100.0)]
-    labels: Literal["balanced"] | tuple[Annotated[int, Range(0, 100_000)], ...]
+    guidance: float = Field(ge=0.0, le=100.0)
+    labels: Literal["balanced"] | tuple[Annotated[int, Field(ge=0, le=100_000)], ...]
     num_images: Count
-    batch_size: Annotated[int, Range(1, 65_536)] | None
+    batch_size: int | None = Field(ge=1, le=65_536)
     compile: Compile
     save_png: bool
     processes: Processes
     device: Device
     precision: Precision
 
+    def broken(self) -> Iterator[str]:
+        if not self.labels:
+            yield "sample.labels is empty: give balanced, or at least one class"
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+
+class EvaluateConfig(Section):
     reference_split: Literal["train", "test"]
-    reference_images: Annotated[int, Range(2, 10**9)]
+    reference_images: int = Field(ge=2, le=10**9)
     inception: Literal["auto", "local", "require", "off"]
     inception_weights: str | None
-    inception_images: Annotated[int, Range(2, 10**9)]
+    inception_images: int = Field(ge=2, le=10**9)
     measures: tuple[Measure, ...]
-    repeats: Annotated[int, Range(1, 1000)]
-    kept_features: Annotated[int, Range(2, 10**9)]
+    repeats: int = Field(ge=1, le=1000)
+    kept_features: int = Field(ge=2, le=10**9)
     precision: Literal["fp32", "bf16"]
-    batch_size: Annotated[int, Range(1, 65_536)]
+    batch_size: int = Field(ge=1, le=65_536)
     processes: Processes
     device: Device
 
+    def broken(self) -> Iterator[str]:
+        if not self.measures:
+            yield "evaluate.measures is empty: name at least one of frechet, kid, precision_recall, copies, infinity"
 
-@dataclass(frozen=True)
-class TuneConfig:
+
+class TuneConfig(Section):
     trials: Count
     workers: Processes
     images_per_trial: Count
-    sample_images: Annotated[int, Range(2, 50_000)]
+    sample_images: int = Field(ge=2, le=50_000)
     sampler: Literal["tpe", "random", "gp"]
     pruner: Literal["median", "hyperband", "none"]
     storage: str | None
@@ -166,14 +213,12 @@ class TuneConfig:
     space: dict[str, Any]  # dotted key -> description: tuning/space.py reads it
 
 
-@dataclass(frozen=True)
-class TrackingConfig:
+class TrackingConfig(Section):
     enabled: bool
     experiment: str
 
 
-@dataclass(frozen=True)
-class Params:
+class Params(Section):
     """The whole of params.yaml: one section a stage or noun."""
 
     seed: Seed
@@ -186,49 +231,33 @@ class Params:
     tune: TuneConfig
     tracking: TrackingConfig
 
+    def broken(self) -> Iterator[str]:
+        return rules.broken(self)
+
 
 def trained(params: Params) -> TrainedConfig:
     """The part of params.yaml that a trained model depends on."""
-    return TrainedConfig(params.seed, params.diffusion, params.model, params.train)
+    return TrainedConfig(seed=params.seed, diffusion=params.diffusion, model=params.model, train=params.train)
 
 
 def trained_from_dict(tree: Mapping[str, Any]) -> TrainedConfig:
-    """Inverse of `to_dict` for a model's card, which was validated when it was written.
+    """What a model's card says that it was trained with.
 
     Raises:
         UserError: the card was written by another version of this project.
     """
     try:
-        return TrainedConfig(
-            tree["seed"],
-            section_from_dict(DiffusionConfig, tree["diffusion"]),
-            section_from_dict(ModelConfig, tree["model"]),
-            section_from_dict(TrainConfig, tree["train"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the model's config does not fit this version ({error}): train it again") from None
+        return TrainedConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"the model's config does not fit this version ({reason}): train it again") from None
 
 
-def section_from_dict(kind: Any, values: Mapping[str, Any]) -> Any:
-    """A section's dataclass from the values that `to_dict` made of it; nothing is checked."""
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values (JSON types) of a config dataclass: the inverse of `from_dict`."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def flat(config: Any, section: str = "") -> dict[str, object]:
-    """Dotted key -> value of a config dataclass; a section's keys begin with its name, which has to be given."""
+def flat(config: Section, section: str = "") -> dict[str, object]:
+    """Dotted key -> plain value of all that `config` holds; a section's keys begin with its name, if that is given."""
     found: dict[str, object] = {}
-    for name, value in to_dict(config).items():
+    for name, value in config.model_dump(mode="json").items():
         key = f"{section}.{name}" if section else name
         found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
     return found

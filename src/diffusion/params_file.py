@@ -1,17 +1,28 @@
-"""params.yaml: read, and checked at the door; one line says what is wrong.
+"""params.yaml: read, and checked at the door; one line says what is wrong."""
 
-Only this needs pydantic and a YAML reader: the rest of the library takes the dataclasses of config.py.
-"""
-
-import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
-from diffusion.config import Params, Range, to_dict
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from diffusion.config import Params, Section
 from diffusion.errors import UserError
-from diffusion.rules import broken
+
+UNKNOWN = ("extra_forbidden", "invalid_key")  # pydantic's words for keys that are no fields
+WORDS = {  # of JSON Schema
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "null": "null",
+    "object": "a mapping from keys of params.yaml to {low, high} or a list",
+}
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Params:
@@ -30,7 +41,7 @@ def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Par
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     try:
-        return from_dict(tree)
+        return checked(Params, tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -50,47 +61,25 @@ def read_value(key: str, text: str) -> object:
         raise UserError(f"{key} = {text!r} is not readable as YAML: it must be {allowed(schema()[key])}") from None
 
 
-def from_dict(tree: Mapping[str, Any]) -> Params:
-    """Validate nested plain values as params.yaml holds them.
+def checked(kind: type[Kind], tree: Mapping[str, Any]) -> Kind:
+    """A section, or all of them (`kind` is Params), from nested plain values as params.yaml holds them.
 
     Raises:
         UserError: as `load`.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    known = schema()
-    for key in _dotted(tree):  # pydantic would say "unexpected keyword"; the nearest real key is what helps
-        if key not in known and key not in _sections():
-            raise UserError(unknown(key))
     try:
-        params = TypeAdapter(Params).validate_python(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0])) from None
-    for problem in broken(params):
-        raise UserError(problem)
-    return params
-
-
-def checked_section(section: str, values: Mapping[str, Any]) -> Any:
-    """A section's dataclass from plain values of another file.
-
-    Raises:
-        UserError: params.yaml could not hold one of them, or one is missing; rules between keys are not looked at.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(get_type_hints(Params)[section]).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(_explain({**first, "loc": (section, *first["loc"])})) from None
+        first = min(error.errors(), key=lambda found: found["type"] not in UNKNOWN)  # a misspelt key is missing, too
+        section = [name for name, field in Params.model_fields.items() if field.annotation is kind]
+        raise UserError(_explain(first, [*section, *map(str, first["loc"])])) from None
 
 
 def write_yaml(params: Params, path: Path, *, without: Sequence[str] = ()) -> None:
     """A params file that `load` reads as `params`, but for null in the dotted keys `without`; it has no comments."""
     from ruamel.yaml import YAML
 
-    tree = to_dict(params)
+    tree = params.model_dump(mode="json")
     for key in without:
         section, _, name = key.partition(".")
         tree[section][name] = None
@@ -98,14 +87,17 @@ def write_yaml(params: Params, path: Path, *, without: Sequence[str] = ()) -> No
     YAML().dump(tree, path)
 
 
-def schema() -> dict[str, Any]:
-    """Dotted key -> annotated type, for every key of params.yaml."""
-    found: dict[str, Any] = {}
-    for name, kind in get_type_hints(Params, include_extras=True).items():
-        if dataclasses.is_dataclass(kind):
-            found |= {f"{name}.{k}": v for k, v in get_type_hints(kind, include_extras=True).items()}
+@cache
+def schema() -> dict[str, dict[str, Any]]:
+    """Dotted key -> JSON Schema of what it may hold, for every key of params.yaml."""
+    found: dict[str, dict[str, Any]] = {}
+    whole = Params.model_json_schema()
+    for name, about in whole["properties"].items():
+        if "$ref" in about:
+            section = whole["$defs"][about["$ref"].rpartition("/")[2]]
+            found |= {f"{name}.{key}": value for key, value in section["properties"].items()}
         else:
-            found[name] = kind
+            found[name] = about
     return found
 
 
@@ -124,51 +116,36 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _explain(error: Mapping[str, Any]) -> str:
-    """One line for pydantic's first error."""
-    path = [str(part) for part in error["loc"]]
-    key = next((k for k in (".".join(path[:2]), path[0]) if k in schema()), ".".join(path[:2]))
-    kind = schema().get(key)
+def _explain(error: ErrorDetails, path: Sequence[str]) -> str:
+    """One line for pydantic's `error` about what lies at `path`."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])  # a rule's own line
+    key = ".".join(path[:2])
+    if error["type"] in UNKNOWN:
+        return unknown(key)
+    about = schema().get(key)
     if error["type"] == "missing":
-        return (
-            f"{key} is missing: {'add it, ' + allowed(kind) if kind else 'add the section, as in params/laptop.yaml'}"
-        )
-    if kind is None:
+        return f"{key} is missing: add {'it, ' + allowed(about) if about else 'the section, as in params/laptop.yaml'}"
+    if about is None:
         return f"{key} must be a section of keys, as in params/laptop.yaml"
-    return f"{key} = {error['input']!r} is not allowed: it must be {allowed(kind)}"
+    return f"{key} = {error['input']!r} is not allowed: it must be {allowed(about)}"
 
 
 def unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, [*schema(), *_sections()], n=1, cutoff=0.0)[0]
+    """The line about a key that params.yaml does not have."""
+    near = difflib.get_close_matches(key, [*schema(), *Params.model_fields], n=1, cutoff=0.0)[0]
     return f"unknown key {key}: did you mean {near}?"
 
 
-def _sections() -> list[str]:
-    return [name for name, kind in get_type_hints(Params).items() if dataclasses.is_dataclass(kind)]
-
-
-def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield str(name)
-            yield from (f"{name}.{key}" for key in value)
-        else:
-            yield str(name)
-
-
-def allowed(kind: Any) -> str:
-    """What a key of type `kind` may hold, in words."""
-    if get_origin(kind) is Annotated:
-        base, *metadata = get_args(kind)
-        ranges = [str(m) for m in metadata if isinstance(m, Range)]
-        return f"{allowed(base)} from {ranges[0]}" if ranges else allowed(base)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        return "a list of " + allowed(get_args(kind)[0])
-    if get_origin(kind) is dict:
-        return "a mapping from keys of params.yaml to {low, high} or a list"
-    if get_args(kind):  # X | None
-        return " or ".join(allowed(k) for k in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return names.get(kind, str(kind))
+def allowed(about: Mapping[str, Any]) -> str:
+    """What a JSON Schema allows, in words."""
+    if "anyOf" in about:
+        return " or ".join(map(allowed, about["anyOf"]))
+    if "const" in about:
+        return str(about["const"])
+    if "enum" in about:
+        return "one of " + ", ".join(map(str, about["enum"]))
+    if about["type"] == "array":
+        return "a list of " + allowed(about["items"])
+    words = WORDS[about["type"]]
+    return f"{words} from {about['minimum']:g} to {about['maximum']:g}" if "minimum" in about else words

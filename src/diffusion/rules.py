@@ -1,10 +1,10 @@
-"""Rules that hold between keys of params.yaml, which no single key's range can say."""
+"""Rules between sections of params.yaml; those between the keys of one section stand with it in config.py."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusion.config import DiffusionConfig, ModelConfig, Params, SampleConfig
+    from diffusion.config import DiffusionConfig, Params, SampleConfig
 
 FEW_STEPS = 500  # for fixed_large
 COARSE_STEPS = 50  # for multistep solvers that end with a long step
@@ -14,10 +14,8 @@ INFINITY_ROWS = 5  # samples a feature, at least, for the distance at infinity (
 
 def broken(params: "Params") -> Iterator[str]:
     """One line for each rule that `params` break: the keys, and what to do."""
-    yield from broken_model(params.model)
     yield from _diffusion(params)
     yield from _classes(params)
-    yield from _rest(params)
     yield from _evaluation(params)
 
 
@@ -42,36 +40,11 @@ def doubtful(sample: "SampleConfig", diffusion: "DiffusionConfig") -> Iterator[s
         yield f"sample.eta = {sample.eta:g} is of ddim alone: {sample.sampler} ignores it"
 
 
-def broken_model(model: "ModelConfig") -> Iterator[str]:
-    """The rules of the model section by itself."""
-    if not model.multipliers:
-        yield "model.multipliers is empty: give one whole number a level, for example [1, 2, 2]"
-        return
-    stride = model.patch_size * 2 ** (len(model.multipliers) - 1)
-    if model.image_size % stride:
-        yield (
-            f"model.multipliers has {len(model.multipliers)} levels, which with model.patch_size = {model.patch_size} "
-            f"divides model.image_size = {model.image_size} by {stride}: use fewer levels, or another size"
-        )
-    sizes = [model.image_size // model.patch_size // 2**level for level in range(len(model.multipliers))]
-    for size in model.attention_resolutions:
-        if size not in sizes:
-            yield f"model.attention_resolutions = {size}: the levels' feature maps have the sizes {sizes}"
-    for width in {model.channels * m for m in model.multipliers}:
-        if model.head_channels and width % model.head_channels:
-            yield (
-                f"model.head_channels = {model.head_channels} does not divide a level's width of {width}: "
-                "change it, or null for one head"
-            )
-
-
 def _diffusion(params: "Params") -> Iterator[str]:
     num_steps = params.diffusion.num_steps
     for key, steps in (("sample.steps", params.sample.steps), ("train.preview_steps", params.train.preview_steps)):
         if steps > num_steps:
             yield f"{key} = {steps} is more than diffusion.num_steps = {num_steps}: lower it"
-    if params.diffusion.zero_terminal_snr and params.diffusion.prediction == "eps":
-        yield "diffusion.zero_terminal_snr leaves nothing to predict x0 from with prediction eps: use v, x0 or edm"
     if params.diffusion.zero_terminal_snr and params.train.loss_weight == "min_snr":
         yield (
             "train.loss_weight = min_snr gives no weight to the step without signal that diffusion.zero_terminal_snr "
@@ -97,34 +70,10 @@ def _classes(params: "Params") -> Iterator[str]:
         yield "sample.guidance and sample.labels need classes: set model.num_classes (CIFAR-10: 10)"
     if classes is not None and sample.labels != "balanced" and not all(label < classes for label in sample.labels):
         yield f"sample.labels = {list(sample.labels)}: there are classes 0 to {classes - 1} (model.num_classes)"
-    if sample.labels == ():
-        yield "sample.labels is empty: give balanced, or at least one class"
-
-
-def _rest(params: "Params") -> Iterator[str]:
-    train, data = params.train, params.data
-    if train.processes > train.batch_size:
-        yield (
-            f"train.processes = {train.processes} is more than train.batch_size = {train.batch_size}, "
-            "which they share: lower it"
-        )
-    if train.warmup_steps > train.steps:
-        yield (
-            f"train.warmup_steps = {train.warmup_steps} is more than train.steps = {train.steps}, so train.lr would "
-            "never be reached: lower it"
-        )
-    if train.best_by == "fd_lite0" and not train.evaluate_every:
-        yield "train.best_by = fd_lite0 needs values of it: set train.evaluate_every, or train.best_by: val_loss"
-    if not data.sources:
-        yield "data.sources is empty: name at least one of local, mirrors, npm, official"
-    if data.path is not None and "local" not in data.sources:
-        yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
 
 
 def _evaluation(params: "Params") -> Iterator[str]:
     config, samples = params.evaluate, params.sample.num_images
-    if not config.measures:
-        yield "evaluate.measures is empty: name at least one of frechet, kid, precision_recall, copies, infinity"
     if 1 < config.repeats > samples // 2:
         yield f"evaluate.repeats = {config.repeats} blocks of sample.num_images = {samples} have fewer than 2: lower it"
     each, required = samples // config.repeats, config.inception == "require"

@@ -1,6 +1,5 @@
 """Inception's weights: found, fetched from a local server, and what the weights stage says of them."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -60,7 +59,7 @@ def test_local_asks_no_network(
 ) -> None:
     server = serve(fine)
     fetched_from(monkeypatch, server.url)
-    local = dataclasses.replace(config, inception="local")
+    local = config.model_copy(update={"inception": "local"})
     with pytest.raises(WeightsUnavailableError, match="local"):
         find_inception_weights(local, tmp_path)
     assert server.ranges == []
@@ -97,7 +96,7 @@ def test_torchs_cache_and_fidelitys_name_are_looked_into(
 
 
 def test_a_named_file_has_to_be_there(config, tmp_path: Path) -> None:
-    named = dataclasses.replace(config, inception_weights=str(tmp_path / "mine.pth"))
+    named = config.model_copy(update={"inception_weights": str(tmp_path / "mine.pth")})
     with pytest.raises(UserError, match=r"evaluate\.inception_weights"):
         find_inception_weights(named, tmp_path)
     (tmp_path / "mine.pth").touch()
@@ -189,7 +188,7 @@ def test_what_depends_on_the_answer_follows_it(
     with pytest.raises(UserError, match="run `dvc repro weights`"):
         extractors.inception_weights(config)
     write_card(tiny(**{"evaluate.inception": "local"}))
-    named = dataclasses.replace(config, inception_weights=str(mine(b"late")))
+    named = config.model_copy(update={"inception_weights": str(mine(b"late"))})
     assert extractors.inception_weights(named) is None
     assert "FID IS SKIPPED" in (said := capsys.readouterr().err)
     assert "then `make weights` and `dvc repro`" in said

@@ -1,9 +1,12 @@
+import json
 import re
 from itertools import dropwhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.project import REPO
+from ruamel.yaml import YAML
 
 from diffusion import config, params_file
 from diffusion.errors import UserError
@@ -11,6 +14,7 @@ from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
 from diffusion.rules import doubtful
 from diffusion.sampling import samplers
+from diffusion.training.identity import deciding, identity
 
 RECIPES = sorted(REPO.glob("params/*.yaml"))
 
@@ -228,11 +232,36 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         params_file.load(tmp_path / "nothing.yaml")
 
 
-def test_dict_round_trip() -> None:
-    params = params_file.load(REPO / "params.yaml")
-    assert params_file.from_dict(config.to_dict(params)) == params
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_what_is_written_is_what_the_file_says(path: Path, tmp_path: Path) -> None:
+    """Cards, checkpoints and the training's identity hold plain values, which owe nothing to how params are checked."""
+    params, tree = params_file.load(path), YAML(typ="safe", pure=True).load(path)
+    assert params.model_dump(mode="json") == tree
+    card = {key: tree[key] for key in ("seed", "diffusion", "model", "train")}
     trained = config.trained(params)
-    assert config.trained_from_dict(config.to_dict(trained)) == trained
+    assert identity(trained, "data")["config"] == deciding(card)
+    assert config.trained_from_dict(json.loads(json.dumps(card))) == trained
+    params_file.write_yaml(params, tmp_path / "params.yaml")
+    assert params_file.load(tmp_path / "params.yaml") == params
+
+
+def test_a_card_of_another_version_is_one_line(tiny: Any) -> None:
+    card = config.trained(tiny()).model_dump(mode="json")
+    for changed, words in (({"lr": 1}, "model.lr"), ({"num_blocks": 0}, "model.num_blocks")):
+        with pytest.raises(UserError, match=rf"does not fit this version \({words}[^\n]*: train it again$"):
+            config.trained_from_dict({**card, "model": {**card["model"], **changed}})
+
+
+def test_a_section_alone_is_checked_as_in_the_file(tiny: Any) -> None:
+    model = tiny().model.model_dump(mode="json")
+    assert params_file.checked(config.ModelConfig, model) == tiny().model
+    for changed, words in (
+        ({"channel": 8}, "unknown key model.channel: did you mean model.channels?"),
+        ({"channels": 7}, "model.channels = 7 is not allowed: it must be a whole number from 8 to 1024"),
+        ({"image_size": 30}, "divides model.image_size = 30"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            params_file.checked(config.ModelConfig, {**model, **changed})
 
 
 def test_yaml_1_2_as_dvc_reads_it(tmp_path: Path) -> None:

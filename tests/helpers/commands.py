@@ -11,14 +11,14 @@ from helpers.preloaded import Command
 from helpers.project import REPO, TINY
 from ruamel.yaml import YAML
 
-from diffusion import config, params_file, paths
+from diffusion import params_file, paths
 
 STAGES = ("download", "prepare", "weights", "reference", "train", "sample", "evaluate", "report")
 
 
 def write_params(recipe: str = "params.yaml", **overrides: Any) -> None:
     """Write params.yaml of the working folder: `recipe`, shrunk."""
-    tree = config.to_dict(params_file.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}))
+    tree = params_file.load(REPO / recipe, {**TINY, "tracking.enabled": False, **overrides}).model_dump(mode="json")
     YAML().dump(tree, Path("params.yaml"))
 
 

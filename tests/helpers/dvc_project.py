@@ -15,7 +15,7 @@ from helpers.commands import STAGES
 from helpers.project import REPO, TINY, write_images
 from ruamel.yaml import YAML
 
-from diffusion import config, params_file
+from diffusion import params_file
 
 
 def ran(said: str) -> set[str]:
@@ -41,7 +41,7 @@ class Project:
                 shutil.copy(REPO / name, self.folder / name)
         (self.folder / "dvc.lock").unlink(missing_ok=True)
         shrunk = {**TINY, "train.steps": 4, "tracking.enabled": False}
-        YAML().dump(config.to_dict(params_file.load(REPO / "params.yaml", shrunk)), self.folder / "params.yaml")
+        YAML().dump(params_file.load(REPO / "params.yaml", shrunk).model_dump(mode="json"), self.folder / "params.yaml")
         write_images(self.folder / "data/cifar10")
         self.git("init", "-q")
         for key, value in (("user.name", "t"), ("user.email", "t@example.org")):  # `dvc exp apply` wants them too

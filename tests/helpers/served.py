@@ -32,4 +32,4 @@ def described(weights: Path, params: config.Params, code: str = "c", **scores: f
     """What `evaluate` hands to the registry; all scores are of equal conditions."""
     card = json.loads(weights.with_suffix(".json").read_text())
     found = [{"metric": name, "value": value, "of": "12 samples against 20"} for name, value in scores.items()]
-    return registry.described("faces", weights, card, config.to_dict(params.sample), found, code)
+    return registry.described("faces", weights, card, params.sample.model_dump(mode="json"), found, code)

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.project import REPO, TINY
 
-from diffusion import config, params_file
+from diffusion import params_file
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     rng, labels = np.random.default_rng(0), np.arange(60) % 10
     np.savez(images, images=rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), labels=labels.astype(np.uint8))
     before = params.read_bytes()
-    tree = config.to_dict(params_file.load(params, {**TINY, "data.source": "data/random.npz"}))
+    tree = params_file.load(params, {**TINY, "data.source": "data/random.npz"}).model_dump(mode="json")
     try:
         YAML().dump(tree, params)
         subprocess.run(["dvc", "repro"], cwd=REPO, check=True)

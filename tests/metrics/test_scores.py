@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -135,7 +134,7 @@ def test_grey_images_are_scored_as_rgb_and_alpha_is_ignored(
 
 
 def with_inception(params: Params, choice: str) -> Params:
-    return dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, inception=choice))  # type: ignore[arg-type]
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"inception": choice})})
 
 
 def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
@@ -316,10 +315,9 @@ def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
     whole = moments_of(made, SmallInception(with_weights), 5, CPU, "test")
     expected = frechet_distance(whole.mean, whole.cov, reference.mean, reference.cov)
     assert result["fid25_train"] == pytest.approx(expected)
+    in_three = params.evaluate.model_copy(update={"repeats": 3})
     with pytest.raises(UserError, match=r"there are 8 in each of evaluate\.repeats = 3 blocks"):
-        evaluate(
-            dataclasses.replace(params, evaluate=dataclasses.replace(params.evaluate, repeats=3)), paths.SAMPLES_NPZ, {}
-        )
+        evaluate(params.model_copy(update={"evaluate": in_three}), paths.SAMPLES_NPZ, {})
 
 
 def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path) -> None:

@@ -128,7 +128,7 @@ def test_rescaled_betas_are_a_schedule_without_terminal_signal(trained_betas: bo
     given = {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     theirs = diffusers.DDPMScheduler(**given, **betas)
     read = diffusers_format.diffusion_config(dict(theirs.config))
-    assert read == config.DiffusionConfig("linear", 1000, True, "v")
+    assert read == config.DiffusionConfig(schedule="linear", num_steps=1000, zero_terminal_snr=True, prediction="v")
     ours = diffusers_format.configured_schedule(read).alphas_cumprod
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours, rtol=1e-3, atol=1e-6)
 

@@ -1,6 +1,5 @@
 """Models as files: what was saved comes back, what cannot be used is one line."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def test_a_denoiser_is_what_the_model_was_trained_as(tiny, tmp_path: Path) -> No
     params = tiny(**{"diffusion.prediction": "x0", "diffusion.schedule": "sigmoid", "sample.precision": "bf16"})
     save_model(tmp_path / "m.safetensors", UNet(params.model).state_dict(), trained(params), {})
     for clip in (False, True):
-        section = dataclasses.replace(params.sample, clip_x0=clip)
+        section = params.sample.model_copy(update={"clip_x0": clip})
         found = load_denoiser(tmp_path / "m.safetensors", section, torch.device("cpu"))
         assert (found.dtype, found.clip_x0) == (torch.bfloat16, clip)
         assert found.parameterization is PARAMETERIZATIONS["x0"]

@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 import torch
 from helpers.project import REPO
@@ -16,7 +14,7 @@ def tiny_model(tiny) -> config.ModelConfig:
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
 def test_a_fresh_network_answers_zero_in_the_shape_of_its_input(tiny_model, patch_size: int) -> None:
-    net = UNet(dataclasses.replace(tiny_model, patch_size=patch_size))
+    net = UNet(tiny_model.model_copy(update={"patch_size": patch_size}))
     x = torch.randn(2, 3, 32, 32)
     out = net(x, torch.tensor([0, 49]))
     assert out.shape == x.shape
@@ -54,7 +52,7 @@ def test_images_do_not_see_each_other(tiny_model) -> None:
 
 
 def test_dropout_acts_in_training_only(tiny_model) -> None:
-    net = randomised(UNet(dataclasses.replace(tiny_model, dropout=0.5)))
+    net = randomised(UNet(tiny_model.model_copy(update={"dropout": 0.5})))
     x, t = torch.randn(1, 3, 32, 32), torch.tensor([5])
     with torch.no_grad():
         assert net(x, t).equal(net(x, t))
@@ -64,7 +62,7 @@ def test_dropout_acts_in_training_only(tiny_model) -> None:
 
 def test_attention_is_where_params_say(tiny_model) -> None:
     def sizes(resolutions: tuple[int, ...]) -> set[int]:
-        net = UNet(dataclasses.replace(tiny_model, multipliers=(1, 1, 1), attention_resolutions=resolutions))
+        net = UNet(tiny_model.model_copy(update={"multipliers": (1, 1, 1), "attention_resolutions": resolutions}))
         seen: set[int] = set()
         for module in net.modules():
             if isinstance(module, SelfAttention):
@@ -79,7 +77,7 @@ def test_attention_is_where_params_say(tiny_model) -> None:
 
 
 def test_a_conditional_network_tells_classes_apart(tiny_model) -> None:
-    net = randomised(UNet(dataclasses.replace(tiny_model, num_classes=10)))
+    net = randomised(UNet(tiny_model.model_copy(update={"num_classes": 10})))
     x, t = torch.randn(1, 3, 32, 32).expand(4, -1, -1, -1), torch.full((4,), 7)
     with torch.no_grad():
         outputs = net(x, t, torch.tensor([0, 9, -1, -1]))

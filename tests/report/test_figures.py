@@ -36,7 +36,8 @@ def test_a_loss_figure_without_values_can_be_drawn(tmp_path: Path, rows: list[di
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_schedules_figure_shows_alpha_bar_and_log_snr(zero: bool) -> None:
-    left, right = figures.schedules_figure(DiffusionConfig("cosine", 100, zero, "v")).axes
+    config = DiffusionConfig(schedule="cosine", num_steps=100, zero_terminal_snr=zero, prediction="v")
+    left, right = figures.schedules_figure(config).axes
     for name in SCHEDULES:
         mine = name == "cosine"
         label = f"{name} (this run)" if mine else name
@@ -92,5 +93,6 @@ def test_pictures_are_placed_without_resampling(tmp_path: Path) -> None:
 def test_equal_figures_are_equal_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name in ("a", "b"):
-        figures.schedules(DiffusionConfig("cosine", 50, False, "v"), tmp_path / f"{name}.png")
+        config = DiffusionConfig(schedule="cosine", num_steps=50, zero_terminal_snr=False, prediction="v")
+        figures.schedules(config, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

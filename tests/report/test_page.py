@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion import config, paths
+from diffusion import paths
 from diffusion.data import grids
 from diffusion.errors import UserError
 from diffusion.model.unet import UNet
@@ -23,7 +23,7 @@ def outputs(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         folder.mkdir(parents=True)
     np.save(paths.TRAIN_IMAGES, pictures)
     np.savez(paths.SAMPLES_NPZ, images=pictures)
-    trained = {section: config.to_dict(getattr(tiny(), section)) for section in ("diffusion", "model")}
+    trained = {section: getattr(tiny(), section).model_dump(mode="json") for section in ("diffusion", "model")}
     paths.SAMPLES_CARD.write_text(json.dumps({"fingerprint": "f", "run_id": None, "trained": trained}))
     grids.save_png(pictures[0], paths.SAMPLES / "denoising.png")
     grids.save_png(pictures[0], paths.PREVIEWS / "step_000500.png")
@@ -89,7 +89,7 @@ def test_a_long_training_shows_six_steps_from_first_to_last(outputs: Path, tiny)
 def test_an_imported_models_page_is_of_its_own_network_and_shows_no_training(outputs: Path, tiny) -> None:
     """params.yaml and what the last training left are of another network."""
     other = tiny(**{"model.channels": 16, "model.head_channels": 16, "diffusion.schedule": "linear"})
-    trained = {section: config.to_dict(getattr(other, section)) for section in ("diffusion", "model")}
+    trained = {section: getattr(other, section).model_dump(mode="json") for section in ("diffusion", "model")}
     card = {"fingerprint": "f", "run_id": None, "weights": "imported", "trained": trained}
     paths.SAMPLES_CARD.write_text(json.dumps(card))
     report(tiny(**{"tracking.enabled": False}))

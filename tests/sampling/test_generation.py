@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
@@ -30,10 +28,10 @@ def denoiser(tiny) -> Denoiser:
 def test_an_image_does_not_depend_on_the_batch_it_is_made_in(
     tiny, denoiser: Denoiser, options: dict[str, object]
 ) -> None:
-    config = dataclasses.replace(tiny().sample, **options)
+    config = tiny().sample.model_copy(update=options)
     sets = []
     for batch_size in (1, 5, 12):
-        sized = dataclasses.replace(config, batch_size=batch_size)
+        sized = config.model_copy(update={"batch_size": batch_size})
         sets.append(torch.cat(list(generation.generate(denoiser, sized, 7, range(12), CPU))))
     for other in sets[1:]:
         assert int((sets[0].int() - other.int()).abs().max()) <= 1  # float rounding may differ between batch shapes
@@ -45,7 +43,7 @@ def test_an_image_does_not_depend_on_the_batch_it_is_made_in(
 def test_an_images_class_does_not_depend_on_the_batch(tiny) -> None:
     assert generation.labels_of(tiny().sample, None, range(3)) is None
     assert generation.labels_of(tiny().sample, 10, range(8, 13)).tolist() == [8, 9, 0, 1, 2]
-    config = dataclasses.replace(tiny().sample, labels=(3, 5, 7))
+    config = tiny().sample.model_copy(update={"labels": (3, 5, 7)})
     assert generation.labels_of(config, 10, range(2, 6)).tolist() == [7, 3, 5, 7]
     with pytest.raises(UserError, match="classes from 0 to 6"):
         generation.labels_of(config, 7, range(2))
@@ -55,16 +53,16 @@ def test_an_images_class_does_not_depend_on_the_batch(tiny) -> None:
 
 def test_guided_images_do_not_depend_on_the_batch(tiny) -> None:
     torch.manual_seed(0)
-    net = UNet(dataclasses.replace(tiny().model, num_classes=3))
+    net = UNet(tiny().model.model_copy(update={"num_classes": 3}))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     denoiser = Denoiser(net.eval(), make_schedule("cosine", 50), "v", clip_x0=True)
     sets = []
     for batch_size in (2, 7):
-        config = dataclasses.replace(tiny().sample, guidance=2.0, batch_size=batch_size)
+        config = tiny().sample.model_copy(update={"guidance": 2.0, "batch_size": batch_size})
         sets.append(torch.cat(list(generation.generate(denoiser, config, 7, range(7), CPU))).int())
     assert int((sets[0] - sets[1]).abs().max()) <= 1
-    plain = dataclasses.replace(tiny().sample, batch_size=7)
+    plain = tiny().sample.model_copy(update={"batch_size": 7})
     assert not torch.cat(list(generation.generate(denoiser, plain, 7, range(7), CPU))).int().equal(sets[1])
 
 
@@ -90,7 +88,7 @@ def test_compilation_is_for_large_sets_on_cuda(
     """At four steps an image."""
     asked = []
     monkeypatch.setattr(generation, "_compiled", lambda *_, must: asked.append(must))
-    config = dataclasses.replace(tiny().sample, compile=choice)
+    config = tiny().sample.model_copy(update={"compile": choice})
     drawing = generation.ImageGenerator(denoiser, config, 0, torch.device(device), size=4, images=images)
     assert asked == [choice == "on"] * compiles
     assert (drawing.denoiser, drawing.fixed_shape) == (denoiser, False)
@@ -107,7 +105,7 @@ def test_stages_begin_with_noise_and_end_with_the_image(tiny, denoiser: Denoiser
 
 def test_more_steps_than_the_model_has_are_one_line(tiny, denoiser: Denoiser) -> None:
     known = denoiser.schedule.num_steps
-    config = dataclasses.replace(tiny().sample, steps=known + 1)
+    config = tiny().sample.model_copy(update={"steps": known + 1})
     with pytest.raises(UserError, match=f"sample.steps = {known + 1}: this model has {known} steps"):
         next(iter(generation.trajectory(denoiser, config, 0, range(1), CPU)))
 
@@ -126,7 +124,7 @@ class Small(Denoiser):
 
 @pytest.mark.parametrize("options", [{"sampler": "ddim"}, {"sampler": "ddpm"}], ids=str)
 def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
-    config = dataclasses.replace(tiny().sample, batch_size=10, **options)
+    config = tiny().sample.model_copy(update={"batch_size": 10, **options})
     small = Small(denoiser.net, denoiser.schedule, "v", clip_x0=True)
     progress: list[float] = []
     drawing = generation.ImageGenerator(small, config, 7, CPU, size=10, images=13, advanced=progress.append)
@@ -135,7 +133,8 @@ def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, opt
     assert len(progress) > 5 * config.steps  # five batches that fit, told of step by step
     assert [i for indices, _ in drawn for i in indices] == list(range(13))
     assert drawing.size == small.largest == 3
-    alone = torch.cat(list(generation.generate(denoiser, dataclasses.replace(config, batch_size=3), 7, range(13), CPU)))
+    by_three = config.model_copy(update={"batch_size": 3})
+    alone = torch.cat(list(generation.generate(denoiser, by_three, 7, range(13), CPU)))
     found = torch.cat([images() for _, images in drawn])
     assert int((found.int() - alone.int()).abs().max()) <= 1  # float rounding may differ between batch shapes
     small.most = 0
@@ -144,14 +143,14 @@ def test_too_large_a_batch_is_halved_until_it_fits(tiny, denoiser: Denoiser, opt
 
 
 def test_null_makes_batches_of_about_equal_size(tiny, denoiser: Denoiser) -> None:
-    config = dataclasses.replace(tiny().sample, batch_size=None)
+    config = tiny().sample.model_copy(update={"batch_size": None})
     for images in (1, 7, 255, 256, 257, 2000, 2048):
         size = generation.batch_size(denoiser, config, images, CPU)
         lengths = [len(batch) for batch in generation.cut(range(images), size)]
         assert max(lengths) <= 256
         assert len(lengths) == -(-images // 256)
         assert max(lengths) - min(lengths) < len(lengths)
-    assert generation.batch_size(denoiser, dataclasses.replace(config, batch_size=100), 30, CPU) == 30
+    assert generation.batch_size(denoiser, config.model_copy(update={"batch_size": 100}), 30, CPU) == 30
 
 
 def test_a_compiled_network_sees_one_shape(tiny, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,10 +164,10 @@ def test_a_compiled_network_sees_one_shape(tiny, denoiser: Denoiser, monkeypatch
 
         return run
 
-    config = dataclasses.replace(tiny().sample, batch_size=5, steps=3)
+    config = tiny().sample.model_copy(update={"batch_size": 5, "steps": 3})
     plain = torch.cat(list(generation.generate(denoiser, config, 7, range(12), CPU)))
     monkeypatch.setattr(torch, "compile", compiler)
-    on = dataclasses.replace(config, compile="on")
+    on = config.model_copy(update={"compile": "on"})
     compiled = torch.cat(list(generation.generate(denoiser, on, 7, range(12), CPU)))
     assert len(shapes) == 1 + 3 * 3
     assert len(set(shapes)) == 1
@@ -183,7 +182,7 @@ def test_a_compiler_that_fails_is_an_error_only_if_it_must_work(
         raise RuntimeError("no C compiler\nfound")
 
     monkeypatch.setattr(torch, "compile", lambda net, **_: fail)
-    on = dataclasses.replace(tiny().sample, compile="on")
+    on = tiny().sample.model_copy(update={"compile": "on"})
     with pytest.raises(UserError, match=r"sample\.compile is on and compiling fails here \(no C compiler found\)"):
         list(generation.generate(denoiser, on, 0, range(2), CPU))
     assert generation._compiled(denoiser, on, 2, CPU, must=False) is None
@@ -202,7 +201,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "ddpm"}], ids=str)
 def test_the_steps_read_nothing_back(tiny, denoiser: Denoiser, options: dict[str, object]) -> None:
-    config = dataclasses.replace(tiny().sample, **options)
+    config = tiny().sample.model_copy(update=options)
     with Reads() as reads:
         for _ in generation.trajectory(denoiser, config, 0, range(2), CPU):
             pass

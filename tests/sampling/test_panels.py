@@ -1,7 +1,5 @@
 """What pictures show: which moments, which images of which class, which guidance."""
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ def denoiser() -> Denoiser:
 
 
 def test_moments_are_evenly_spaced_from_the_noise_to_the_image(tiny) -> None:
-    config = dataclasses.replace(tiny().sample, steps=8)
+    config = tiny().sample.model_copy(update={"steps": 8})
     every = [to_uint8(x) for x in trajectory(denoiser(), config, 1, range(2), CPU)]
     for columns, picked in ((3, [0, 4, 8]), (5, [0, 2, 4, 6, 8]), (100, list(range(9)))):
         frames = panels.stages(denoiser(), config, 1, range(2), CPU, columns)
@@ -45,10 +43,10 @@ def test_rows_are_the_first_images_of_each_class_that_has_enough() -> None:
 
 
 def test_a_sweep_shows_the_same_noise_with_each_guidance(tiny) -> None:
-    config = dataclasses.replace(tiny().sample, labels="balanced")
+    config = tiny().sample.model_copy(update={"labels": "balanced"})
     sweep = panels.guidance_sweep(denoiser(), config, 1, range(3), CPU)
     assert len(sweep) == len(panels.GUIDANCES)
     for guidance, images in zip(panels.GUIDANCES, sweep, strict=True):
-        alone = dataclasses.replace(config, guidance=guidance, compile="off")
+        alone = config.model_copy(update={"guidance": guidance, "compile": "off"})
         assert images.equal(torch.cat([*generate(denoiser(), alone, 1, range(3), CPU)]))
     assert not sweep[0].equal(sweep[-1])

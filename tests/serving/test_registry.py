@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.served import described, params_of, write_model
 from helpers.stores import client_of, close_in_time, open_run, sync, warnings
 
-from diffusion import config, params_file, paths
+from diffusion import params_file, paths
 from diffusion.code_digest import LIBRARY
 from diffusion.errors import UserError
 from diffusion.model.card import read_card
@@ -164,7 +164,7 @@ def test_scores_that_decide_nothing_are_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     card = read_card(write_model(tmp_path / "models", params_of()))
-    evaluate._register("faces", card, config.to_dict(params_of().sample), "c", {"about": []}, NullTracker())
+    evaluate._register("faces", card, params_of().sample.model_dump(mode="json"), "c", {"about": []}, NullTracker())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: evaluate.measures lacks frechet")
 
@@ -208,7 +208,7 @@ def test_a_model_that_was_sampled_on_another_device_draws_on_what_is_here(tmp_pa
 
     params = params_of()
     weights = write_model(tmp_path / "models", params)
-    elsewhere = {**config.to_dict(params.sample), "device": "mps"}
+    elsewhere = {**params.sample.model_dump(mode="json"), "device": "mps"}
     registry.save(tmp_path / "logged", weights, read_card(weights), elsewhere)
     answer = mlflow.pyfunc.load_model(str(tmp_path / "logged")).predict({"num_images": 2, "seed": 3, "format": "raw"})
     assert np.array(answer["images"]).shape == (2, 32, 32, 3)

@@ -240,7 +240,7 @@ def test_models_without_classes_refuse_them() -> None:
         requests.parse({"num_images": 1, "labels": [0]}, None)
     with pytest.raises(UserError, match="knows no classes"):
         requests.parse({"num_images": 1, "guidance": 2.0}, None)
-    assert requests.parse({"num_images": 1, "guidance": 1}, None) == requests.Request(1, guidance=1.0)
+    assert requests.parse({"num_images": 1, "guidance": 1}, None) == requests.Request(num_images=1, guidance=1.0)
     with pytest.raises(UserError, match="knows no classes"):  # MLflow's schema lacks it
         server.check(b'{"inputs": {"num_images": 1, "guidance": 1}}', None)
 

@@ -136,7 +136,9 @@ def test_a_server_is_killed(database: Path, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         if moment == "in the middle":  # the next stage sends it, or `make sync`
             monkeypatch.setattr(mlflow_tracker, "CLOSE_SECONDS", 60.0)
-            tracker = runs.attach(TrackingConfig(True, "cifar10-diffusion"), run_id, stage="sample", journal=journal)
+            tracker = runs.attach(
+                TrackingConfig(enabled=True, experiment="cifar10-diffusion"), run_id, stage="sample", journal=journal
+            )
             tracker.close("FINISHED")
         else:
             assert sync(journal).startswith("sent")

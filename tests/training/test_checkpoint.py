@@ -85,8 +85,8 @@ def test_a_checkpoint_of_other_params_is_passed_over(tmp_path: Path, tiny) -> No
     def of(**changes: object) -> config.TrainedConfig:
         return config.trained(tiny(**changes))
 
-    checkpoint.save(state(1) | {"config": config.to_dict(of())}, tmp_path, 1)
-    checkpoint.save(state(2) | {"config": config.to_dict(of(**{"train.lr": 0.5}))}, tmp_path, 2)
+    checkpoint.save(state(1) | {"config": of().model_dump(mode="json")}, tmp_path, 1)
+    checkpoint.save(state(2) | {"config": of(**{"train.lr": 0.5}).model_dump(mode="json")}, tmp_path, 2)
     with pytest.warns(UserWarning, match="step_00000002-.* is of other params"):
         assert checkpoint.latest(tmp_path, config=of())["progress"]["step"] == 1
     assert checkpoint.latest(tmp_path, config=of(**{"train.lr": 0.5}))["progress"]["step"] == 2

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import itertools
 import math
 
@@ -13,7 +12,7 @@ from diffusion.training.optim import clipped_step, learning_rate, make_optimizer
 
 @pytest.fixture
 def train(tiny):
-    return dataclasses.replace(tiny().train, steps=100, warmup_steps=10, lr=0.5)
+    return tiny().train.model_copy(update={"steps": 100, "warmup_steps": 10, "lr": 0.5})
 
 
 def test_the_warm_up_is_linear_and_ends_at_lr(train) -> None:
@@ -24,7 +23,7 @@ def test_the_warm_up_is_linear_and_ends_at_lr(train) -> None:
     ("name", "halfway"), [("constant", 0.5), ("linear", 0.25), ("cosine", 0.5 * (1 + math.cos(math.pi / 2)) / 2)]
 )
 def test_decays_from_lr_towards_zero(train, name: str, halfway: float) -> None:
-    train = dataclasses.replace(train, lr_schedule=name)
+    train = train.model_copy(update={"lr_schedule": name})
     values = [learning_rate(k, train) for k in range(10, 100)]
     assert values[0] == 0.5
     assert values[45] == pytest.approx(halfway)
@@ -34,13 +33,13 @@ def test_decays_from_lr_towards_zero(train, name: str, halfway: float) -> None:
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate(train) -> None:
-    assert learning_rate(0, dataclasses.replace(train, warmup_steps=0)) == 0.5
+    assert learning_rate(0, train.model_copy(update={"warmup_steps": 0})) == 0.5
 
 
 def test_weight_decay_spares_biases_and_norms(train) -> None:
     """With zero gradients AdamW moves a weight by -lr * decay * weight, and nothing else (Loshchilov & Hutter 2019)."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="adamw", lr=0.1, weight_decay=0.2))
+    optimizer = make_optimizer(net, train.model_copy(update={"optimizer": "adamw", "lr": 0.1, "weight_decay": 0.2}))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -64,7 +63,7 @@ def test_muon_moves_kernels_by_the_nearest_orthogonal_matrix(train, layout: torc
     """Of a first gradient G = U S V^T the update is lr * 0.2 sqrt(longer side) * U D V^T, D about 1 (Jordan 2024)."""
     torch.manual_seed(0)
     net = Small().to(memory_format=layout)
-    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="muon", lr=0.1, weight_decay=0.0))
+    optimizer = make_optimizer(net, train.model_copy(update={"optimizer": "muon", "lr": 0.1, "weight_decay": 0.0}))
     before = copy.deepcopy(net)
     for p in net.parameters():
         p.grad = torch.randn_like(p)
@@ -82,7 +81,7 @@ def test_the_outer_layers_and_biases_are_adamws(train) -> None:
     """AdamW's first step moves every entry by lr in the gradient's sign."""
     torch.manual_seed(0)
     net = Small()
-    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="muon", lr=0.1, weight_decay=0.0))
+    optimizer = make_optimizer(net, train.model_copy(update={"optimizer": "muon", "lr": 0.1, "weight_decay": 0.0}))
     before = copy.deepcopy(net)
     for p in net.parameters():
         p.grad = torch.randn_like(p)
@@ -93,7 +92,7 @@ def test_the_outer_layers_and_biases_are_adamws(train) -> None:
 
 
 def test_muon_goes_on_from_its_state_as_if_it_had_not_stopped(train) -> None:
-    config = dataclasses.replace(train, optimizer="muon", lr=0.1)
+    config = train.model_copy(update={"optimizer": "muon", "lr": 0.1})
     torch.manual_seed(0)
     net = Small().to(memory_format=torch.channels_last)
     optimizer = make_optimizer(net, config)
@@ -155,7 +154,7 @@ def test_a_clipped_step_is_torchs_own_and_a_bad_one_is_none(train) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
     twin = copy.deepcopy(net)
-    optimizer = make_optimizer(net, dataclasses.replace(train, optimizer="adamw"))
+    optimizer = make_optimizer(net, train.model_copy(update={"optimizer": "adamw"}))
     plain = torch.optim.AdamW(
         [
             {"params": [twin[0].weight], "weight_decay": train.weight_decay},
@@ -190,7 +189,7 @@ def test_a_clipped_step_of_muon_is_its_step_on_clipped_gradients_and_a_bad_one_i
     torch.manual_seed(0)
     net = Small()
     twin = copy.deepcopy(net)
-    config = dataclasses.replace(train, optimizer="muon")
+    config = train.model_copy(update={"optimizer": "muon"})
     optimizer, plain = make_optimizer(net, config), make_optimizer(twin, config)
     for bad in (False, True, False):
         for p, q in zip(net.parameters(), twin.parameters(), strict=True):

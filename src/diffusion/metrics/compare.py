@@ -30,7 +30,7 @@ STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is t
 @click.option("--measure", "measures", type=click.Choice(get_args(Measure)), multiple=True, default=["frechet"])
 @click.option("--count", type=click.IntRange(2), default=None, help="Only the first COUNT images of each.")
 @click.option("--keep", type=click.IntRange(2), default=10_000, show_default=True, help="Most features kept; below.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1, 65_536), default=64, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line with all that the numbers depend on.")

@@ -8,7 +8,6 @@ Nothing of diffusers is needed for either. In Python: `DDPMPipeline.from_pretrai
 
 import json
 import sys
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from diffusion.model.diffusers_layers import joined, layers, split
 from diffusion.model.model_file import load_model, save_model
 from diffusion.model.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.model.unet import UNet
-from diffusion.params_file import checked_section, load
-from diffusion.rules import broken_model
+from diffusion.params_file import Kind, checked, load
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -189,10 +187,7 @@ def model_config(unet: dict[str, Any]) -> ModelConfig:
         "num_classes": classes - 1 if isinstance(classes, int) else classes,
         "augment": 0.0,
     }
-    model: ModelConfig = _checked("config.json", "model", values)
-    for problem in broken_model(model):
-        raise UserError(f"config.json: {problem}")
-    return model
+    return _checked("config.json", ModelConfig, values)
 
 
 def _side(sample_size: Any) -> int:
@@ -203,10 +198,10 @@ def _side(sample_size: Any) -> int:
     return side
 
 
-def _checked(file: str, section: str, values: dict[str, Any]) -> Any:
+def _checked(file: str, kind: type[Kind], values: dict[str, Any]) -> Kind:
     """As a section of params.yaml: another file's values must be what that may hold."""
     try:
-        return checked_section(section, values)
+        return checked(kind, values)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -243,7 +238,7 @@ def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
         raise UserError(f"scheduler_config.json: prediction_type {predicted} is none of {', '.join(predictions)}")
     prediction = predictions[predicted]
     about = {"schedule": "linear", "num_steps": num_steps, "zero_terminal_snr": False, "prediction": prediction}
-    ours: DiffusionConfig = _checked("scheduler_config.json", "diffusion", about)
+    ours = _checked("scheduler_config.json", DiffusionConfig, about)
     betas = scheduler.get("trained_betas")
     if betas is None:
         betas = _named_betas(scheduler, num_steps)
@@ -255,7 +250,7 @@ def diffusion_config(scheduler: dict[str, Any]) -> DiffusionConfig:
             if len(betas) == len(known) and np.allclose(betas, known, rtol=1e-5, atol=1e-9):
                 if zero and prediction == "eps":
                     raise UserError(f"scheduler_config.json: no terminal signal and prediction_type {predicted}")
-                return replace(ours, schedule=name, zero_terminal_snr=zero)  # type: ignore[arg-type]
+                return ours.model_copy(update={"schedule": name, "zero_terminal_snr": zero})
     raise UserError("scheduler_config.json: the betas are those of no schedule that this project has")
 
 
@@ -287,7 +282,7 @@ def _write(folder: Path) -> str:
 
 def _read(folder: Path) -> str:
     net, diffusion = read_pipeline(folder)
-    config = replace(trained(load(paths.PARAMS)), model=net.config, diffusion=diffusion)
+    config = trained(load(paths.PARAMS)).model_copy(update={"model": net.config, "diffusion": diffusion})
     digest = sha256((folder / "unet" / WEIGHTS if (folder / "unet").is_dir() else folder / WEIGHTS).read_bytes())
     about = {
         "weights": "imported",

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from diffusion.atomic import replacing, write_json
-from diffusion.config import SampleConfig, TrainedConfig, to_dict, trained_from_dict
+from diffusion.config import SampleConfig, TrainedConfig, trained_from_dict
 from diffusion.errors import UserError
 from diffusion.model.card import card_path, read_card
 from diffusion.model.denoiser import Denoiser
@@ -21,7 +21,7 @@ def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConf
     """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}; each whole or not."""
     with replacing(path) as file:  # save_file would say that a disk is full in words of its own
         file.write(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
-    write_json(card_path(path), {"config": to_dict(config), **about})
+    write_json(card_path(path), {"config": config.model_dump(mode="json"), **about})
 
 
 def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:

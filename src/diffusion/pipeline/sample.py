@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffusion import paths
 from diffusion.atomic import replacing, write_json
 from diffusion.code_digest import LIBRARY, code_digests
-from diffusion.config import Params, SampleConfig, flat, to_dict, trained_from_dict
+from diffusion.config import Params, SampleConfig, flat, trained_from_dict
 from diffusion.data import grids
 from diffusion.data.npz import read_npz
 from diffusion.distributed import World, joined
@@ -46,7 +46,7 @@ STRIP_IMAGES = 8
 STRIP_COLUMNS = 11
 CLASS_COLUMNS = 10
 SWEEP_IMAGES = 10
-NOT_IN_IMAGES = ("batch_size", "save_png", "processes")  # keys of params.yaml that no image depends on
+NOT_IN_IMAGES = {"batch_size", "save_png", "processes"}  # keys of params.yaml that no image depends on
 PNG = paths.SAMPLES / "png"
 
 
@@ -94,7 +94,7 @@ def _only_one(folder: Path, waiting: Callable[[], object]) -> Iterator[None]:
 def samples_identity(params: Params, model: str, precision: str, device: str) -> str:
     """16 hex digits that name all that the images depend on; `model` is the digest of its file."""
     known = {
-        "sample": {key: value for key, value in to_dict(params.sample).items() if key not in NOT_IN_IMAGES},
+        "sample": params.sample.model_dump(mode="json", exclude=NOT_IN_IMAGES),
         "seed": params.seed,
         "device": device,
         "precision": precision,
@@ -240,12 +240,10 @@ def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity
     """The pictures, and last the card, which says that all is there."""
     _write_pictures(params, denoiser, is_guidable(card), device)
     config = params.sample
+    keys = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")
     about = {
-        "config": to_dict(config),
-        **{
-            key: to_dict(config)[key]
-            for key in ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")
-        },
+        "config": config.model_dump(mode="json"),
+        **{key: getattr(config, key) for key in keys},
         "network_evaluations": evaluations(config, denoiser.schedule),
         "precision": str(denoiser.dtype).removeprefix("torch."),
         "seed": params.seed,

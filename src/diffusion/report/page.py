@@ -11,13 +11,14 @@ import numpy as np
 
 from diffusion import paths
 from diffusion.atomic import write_text
-from diffusion.config import DiffusionConfig, ModelConfig, section_from_dict
+from diffusion.config import DiffusionConfig, ModelConfig
 from diffusion.data.dataset import real_images
 from diffusion.data.image_sets import load_samples
 from diffusion.errors import UserError
 from diffusion.metrics.names import shown
 from diffusion.model.schedules import configured_schedule
 from diffusion.model.unet import UNet
+from diffusion.params_file import checked
 from diffusion.report import diagrams, figures
 from diffusion.sampling import panels
 
@@ -119,10 +120,9 @@ def _made_with(card: dict[str, Any]) -> tuple[DiffusionConfig, UNet]:
     """The diffusion section and the network, with weights of no meaning, of the model that drew the samples."""
     try:
         trained = card["trained"]
-        return section_from_dict(DiffusionConfig, trained["diffusion"]), UNet(
-            section_from_dict(ModelConfig, trained["model"])
-        )
-    except (KeyError, TypeError) as error:
+        diffusion, model = trained["diffusion"], trained["model"]
+        return checked(DiffusionConfig, diffusion), UNet(checked(ModelConfig, model))
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{paths.SAMPLES_CARD} does not fit this version ({error}): run `dvc repro`") from None
 
 

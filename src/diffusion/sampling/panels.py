@@ -1,6 +1,5 @@
 """Images for pictures: stages of the denoising, rows by class, columns by guidance."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -31,5 +30,5 @@ def by_class(images: Tensor, labels: Tensor, columns: int) -> Tensor:
 
 def guidance_sweep(denoiser: Denoiser, config: SampleConfig, seed: int, indices: range, device: torch.device) -> Tensor:
     """uint8 (len(GUIDANCES), B, H, W, C): the images `indices` with each guidance, from the same noise."""
-    guided = [dataclasses.replace(config, guidance=g, compile="off") for g in GUIDANCES]
+    guided = [config.model_copy(update={"guidance": g, "compile": "off"}) for g in GUIDANCES]
     return torch.stack([torch.cat([*generate(denoiser, one, seed, indices, device)]) for one in guided])

@@ -7,7 +7,7 @@ import numpy as np
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from diffusion.config import SampleConfig, section_from_dict
+from diffusion.config import SampleConfig
 from diffusion.errors import UserError
 from diffusion.serving import requests
 
@@ -23,7 +23,7 @@ class Answering:
 
     def load_context(self, context: PythonModelContext) -> None:
         """Read the weights and how to sample with them, on what this machine has."""
-        sample = section_from_dict(SampleConfig, {**context.model_config["sample"], "device": "auto"})
+        sample = SampleConfig.model_validate({**context.model_config["sample"], "device": "auto"})
         self.generator = requests.Generator(Path(context.artifacts["weights"]), sample)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]

@@ -1,19 +1,18 @@
 """What a served model is asked and answers: a request checked at the door, images as PNG texts or as numbers."""
 
 import base64
-import dataclasses
 import difflib
 import json
 import secrets
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
-from diffusion.config import Range, SampleConfig, Seed
+from diffusion.config import SampleConfig, Seed
 from diffusion.data import grids
 from diffusion.errors import UserError
 from diffusion.model.card import is_guidable, read_card
@@ -25,14 +24,13 @@ from diffusion.sampling import generation
 MAX_IMAGES = 64  # a call
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(BaseModel):
     """A call. Left out: a random seed, the classes and the guidance that the model came with, PNG."""
 
-    num_images: Annotated[int, Range(1, MAX_IMAGES)]
+    num_images: int = Field(ge=1, le=MAX_IMAGES)
     seed: Seed | None = None
-    labels: tuple[Annotated[int, Range(0, 100_000)], ...] | None = None
-    guidance: Annotated[float, Range(0.0, 100.0)] | None = None
+    labels: tuple[Annotated[int, Field(ge=0, le=100_000)], ...] | None = None
+    guidance: float | None = Field(default=None, ge=0.0, le=100.0)
     format: Literal["png", "raw"] = "png"
 
 
@@ -42,11 +40,9 @@ def parse(inputs: object, num_classes: int | None, *, guidable: bool = True) -> 
     Raises:
         UserError: what is wrong, in one sentence.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not isinstance(inputs, Mapping):
         raise UserError('inputs must be an object such as {"num_images": 16, "seed": 7}')
-    kinds = get_type_hints(Request, include_extras=True)
+    kinds = Request.model_json_schema()["properties"]
     for name in inputs:
         if name not in kinds:
             near = difflib.get_close_matches(str(name)[:40], kinds, n=1, cutoff=0.0)[0]
@@ -54,7 +50,7 @@ def parse(inputs: object, num_classes: int | None, *, guidable: bool = True) -> 
     if "num_images" not in inputs:
         raise UserError(f"num_images is missing: give {allowed(kinds['num_images'])}")
     try:  # as JSON, where strict means that 16.0 and "16" are no whole numbers but a list is a tuple
-        request = TypeAdapter(Request).validate_json(json.dumps(inputs), strict=True)
+        request = Request.model_validate_json(json.dumps(inputs), strict=True)
     except RecursionError:
         raise UserError("inputs are nested too deeply: no input is more than a list") from None
     except ValidationError as error:
@@ -97,13 +93,14 @@ class Generator:
         Image i of a seed is the same for every num_images.
         """
         count = request.num_images
-        config = dataclasses.replace(
-            self._sample,
-            num_images=count,
-            batch_size=count,
-            compile="off",
-            labels=self._sample.labels if request.labels is None else request.labels,
-            guidance=self._sample.guidance if request.guidance is None else request.guidance,
+        config = self._sample.model_copy(
+            update={
+                "num_images": count,
+                "batch_size": count,
+                "compile": "off",
+                "labels": self._sample.labels if request.labels is None else request.labels,
+                "guidance": self._sample.guidance if request.guidance is None else request.guidance,
+            }
         )
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         with self._turn:

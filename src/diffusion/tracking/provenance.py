@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion.config import Params, to_dict
+from diffusion.config import Params
 
 PACKAGES = ("torch", "numpy", "mlflow", "dvc")
 
@@ -18,7 +18,8 @@ PACKAGES = ("torch", "numpy", "mlflow", "dvc")
 def origin(params: Params, device: torch.device) -> dict[str, str]:
     """Texts that say what made a model: commit, params, the pipeline's state before the stage, device, versions."""
     lock = Path("dvc.lock")
-    found = {**git_tags(), "params.digest": sha256(json.dumps(to_dict(params), sort_keys=True).encode()).hexdigest()}
+    text = json.dumps(params.model_dump(mode="json"), sort_keys=True)
+    found = {**git_tags(), "params.digest": sha256(text.encode()).hexdigest()}
     if lock.exists():
         found["dvc.lock"] = sha256(lock.read_bytes()).hexdigest()
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

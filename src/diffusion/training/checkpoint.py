@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from diffusion.atomic import publish, sync
-from diffusion.config import TrainedConfig, to_dict
+from diffusion.config import TrainedConfig
 from diffusion.training.identity import deciding
 
 KEEP = 2  # newest whole files that stay: one to resume from, one should it be damaged
@@ -54,7 +54,7 @@ def latest(
             warnings.warn(f"{path.name} is damaged: trying the checkpoint before it", stacklevel=2)
             continue
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        if config and "config" in state and deciding(state["config"]) != deciding(to_dict(config)):
+        if config and "config" in state and deciding(state["config"]) != deciding(config.model_dump(mode="json")):
             warnings.warn(f"{path.name} is of other params: trying the checkpoint before it", stacklevel=2)
             continue
         return state

@@ -11,7 +11,7 @@ import torch
 
 from diffusion.atomic import write_json
 from diffusion.code_digest import LIBRARY, code_digests
-from diffusion.config import TrainedConfig, to_dict
+from diffusion.config import TrainedConfig
 
 # Keys of the train section that say how the same steps are computed or shown: a training may go on with others.
 HOW = ("micro_batch", "compile", "processes", "checkpoint_every", "device", "preview_every", "preview_images")
@@ -27,7 +27,7 @@ def identity(config: TrainedConfig, data: str, library: Path = LIBRARY) -> dict[
     if config.train.evaluate_every:  # else nothing depends on it
         scripts.append("training/scoring.py")
     code = code_digests(*scripts, without=NOT_IN_WEIGHTS, library=library)
-    return {"config": deciding(to_dict(config)), "data": data, "code": code, "torch": torch.__version__}
+    return {"config": deciding(config.model_dump(mode="json")), "data": data, "code": code, "torch": torch.__version__}
 
 
 def fingerprint(config: TrainedConfig, data: str, library: Path = LIBRARY) -> str:
@@ -36,7 +36,7 @@ def fingerprint(config: TrainedConfig, data: str, library: Path = LIBRARY) -> st
 
 
 def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`to_dict` of a TrainedConfig without what decides no weight."""
+    """The plain values of a TrainedConfig without what decides no weight."""
     left_out = HOW if tree["train"]["evaluate_every"] else (*HOW, "preview_steps")  # scores are of such samples
     return {**tree, "train": {key: value for key, value in tree["train"].items() if key not in left_out}}
 

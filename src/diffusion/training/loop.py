@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.config import TrainedConfig, to_dict
+from diffusion.config import TrainedConfig
 from diffusion.data.dataset import Batches, Dataset
 from diffusion.data.pixels import to_tensor
 from diffusion.distributed import SINGLE_PROCESS, World, data_parallel
@@ -51,7 +51,7 @@ class Trainer:
         if config.train.best_by == "fd_lite0" and score is None:
             raise ValueError("train.best_by = fd_lite0 and nothing computes it")
         self.config, self.folder, self.device, self.world, self._score = config, folder, device, world, score
-        self.begun = {"config": to_dict(config), "origin": dict(origin or {})}  # how the training began
+        self.begun = {"config": config.model_dump(mode="json"), "origin": dict(origin or {})}  # how the training began
         self.share = world.share(config.train.batch_size)  # positions in the batch
         if world.size > config.train.batch_size:
             world.fail(f"{world.size} processes cannot share train.batch_size = {config.train.batch_size}: raise it")

@@ -8,7 +8,6 @@ import torch
 
 from diffusion.atomic import write_json
 from diffusion.code_digest import code_digests, file_digest
-from diffusion.config import to_dict
 from diffusion.data import grids
 from diffusion.sampling import generation, panels
 from diffusion.training.loop import Trainer
@@ -69,7 +68,7 @@ def _made_by(trainer: Trainer) -> dict[str, str]:
 
 def _way(trainer: Trainer) -> str:
     """16 hex digits of the code and the params that previews depend on, beside the weights."""
-    config = to_dict(preview_config(trainer.config.train))
+    config = preview_config(trainer.config.train).model_dump(mode="json")
     del config["device"]
     code = code_digests("sampling/panels.py", "data/grids.py"), file_digest(Path(__file__))
     return sha256(json.dumps([code, config], sort_keys=True).encode()).hexdigest()[:16]

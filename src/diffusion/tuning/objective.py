@@ -5,8 +5,6 @@ denoise. `common_error` (cheap, during a trial) gives every network the same noi
 at samples. benchmarks/tune_rank.py measures how well each foretells the result of a whole training.
 """
 
-from dataclasses import replace
-
 import torch
 
 from diffusion import paths
@@ -63,7 +61,7 @@ def draw(trainer: Trainer, params: Params) -> torch.Tensor:
     Sampled as previews are, from the same noise in every trial.
     """
     config = preview_config(trainer.config.train)
-    config = replace(config, num_images=params.tune.sample_images, batch_size=params.sample.batch_size)
+    config = config.model_copy(update={"num_images": params.tune.sample_images, "batch_size": params.sample.batch_size})
     trainer.ema.net.load_state_dict(trainer.best)
     batches = generate(trainer.denoiser(), config, trainer.config.seed, range(config.num_images), trainer.device)
     return torch.cat([*batches])

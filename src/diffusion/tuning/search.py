@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from hashlib import sha256
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -22,7 +21,7 @@ import torch
 
 from diffusion import paths
 from diffusion.code_digest import code_digests
-from diffusion.config import Params, flat, to_dict
+from diffusion.config import Params, flat
 from diffusion.data.dataset import Dataset
 from diffusion.errors import StopRequest, UserError
 from diffusion.locks import only_trainer
@@ -73,7 +72,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
             print(f"tune: what params.yaml has lies {where}: the study does not begin with it", file=sys.stderr)
         tracker, run_id = _study_run(shared)
         os.environ.pop("MLFLOW_RUN_ID", None)  # by it `mlflow run` meant the study's run, not the trials'
-        tracker.params(flat(replace(params.tune, storage=shown(url)), "tune"))
+        tracker.params(flat(params.tune.model_copy(update={"storage": shown(url)}), "tune"))
         job, ledger = Job(name, params, url, run_id, prepare), Ledger(shared, tracker)
         with runs.closing_status(tracker, "tune"):
             ledger.write()  # another study's may lie there
@@ -108,7 +107,7 @@ def study_name(params: Params, data: str, reference: Reference) -> str:
     How they are searched for (trials, workers, sampler, pruner, storage, seed) may change from sitting to sitting.
     """
     identity = {
-        "tune": {key: to_dict(params.tune)[key] for key in ("images_per_trial", "sample_images", "space")},
+        "tune": {key: getattr(params.tune, key) for key in ("images_per_trial", "sample_images", "space")},
         "recipe": recipe(params),
         "data": data,
         "reference": reference.key,

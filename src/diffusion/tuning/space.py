@@ -5,12 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from diffusion.config import Params, TrainedConfig, flat, to_dict, trained
+from diffusion.config import Params, TrainedConfig, flat, trained
 from diffusion.errors import UserError
-from diffusion.params_file import from_dict, schema, unknown
+from diffusion.params_file import checked, schema, unknown
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -146,11 +145,11 @@ def changed(params: Params, values: Mapping[str, Value]) -> Params:
     Raises:
         UserError: params.yaml does not allow them.
     """
-    tree = to_dict(params)
+    tree = params.model_dump(mode="json")
     for key, value in values.items():
         section, _, name = key.partition(".")
         tree[section][name] = value
-    return from_dict(tree)
+    return checked(Params, tree)
 
 
 def present(params: Params, space: Sequence[Dimension]) -> dict[str, Value] | None:
@@ -191,7 +190,7 @@ def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
     train = whole.train
     steps = max(1, params.tune.images_per_trial // train.batch_size)
     share = min(1.0, steps / train.steps)
-    tree = to_dict(whole)
+    tree = whole.model_dump(mode="json")
     tree["train"] |= {
         "steps": steps,
         "evaluate_every": 0,  # a trial is scored at its end
@@ -203,7 +202,7 @@ def trial_config(params: Params, values: Mapping[str, Value]) -> TrainedConfig:
         "checkpoint_every": max(1, min(train.checkpoint_every, math.ceil(steps / 4))),  # what a kill costs at most
         **{key: min(getattr(train, key), steps) for key in ("log_every", "preview_every")},
     }
-    return trained(from_dict(tree))
+    return trained(checked(Params, tree))
 
 
 def _dimension(key: str, text: object) -> Dimension:
@@ -236,11 +235,8 @@ def _span(key: str, text: Mapping[str, Any], kind: type | None) -> Span:
     return Span(key, low, high, step, log, kind is int)
 
 
-def _number(kind: Any) -> type | None:
-    """Int or float for a key of such a type, null allowed or not."""
-    if get_origin(kind) is Annotated:
-        return _number(get_args(kind)[0])
-    inner = [k for k in get_args(kind) if k is not NoneType]
-    if len(inner) == 1 and NoneType in get_args(kind):
-        return _number(inner[0])
-    return kind if kind in (int, float) else None
+def _number(about: Mapping[str, Any]) -> type | None:
+    """Int or float for a key of such a JSON Schema, null allowed or not."""
+    (first, *others) = about.get("anyOf", [about])
+    is_number = "enum" not in first and others in ([], [{"type": "null"}])
+    return {"integer": int, "number": float}.get(first.get("type")) if is_number else None
