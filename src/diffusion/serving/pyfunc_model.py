@@ -27,15 +27,16 @@ class Answering:
         self.generator = requests.Generator(Path(context.artifacts["weights"]), sample)
 
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """The answer (see `requests.Generator.answer`) to `model_input`, a table of one row."""
+        """The fields of `requests.Answer` to `model_input`, a table of one row."""
         try:
             if len(model_input) != 1:
                 raise UserError(f"give one request a call, not {len(model_input)}")
             inputs = {name: _plain(model_input[name].iloc[0]) for name in model_input}  # a row would turn 16 into 16.0
-            mine = self.generator
-            return mine.answer(requests.parse(inputs, mine.num_classes, guidable=mine.guidable))
+            request = requests.parse(inputs)
+            self.generator.check(request)
         except UserError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
+        return self.generator.answer(request).model_dump(exclude_none=True)
 
 
 class DiffusionModel(Answering, PythonModel):

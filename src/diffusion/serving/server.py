@@ -1,7 +1,6 @@
-"""`make serve`: the champion behind MLflow's own scoring server, run with the code that the model was logged with.
+"""`make serve`: the champion behind HTTP, run with the code that the model was logged with.
 
-`mlflow models serve` runs the same server, but its answers to bad requests are tracebacks or status 500 (no content
-type, deeply nested JSON); here every one of them is a 4xx with one sentence.
+Its addresses are those of `mlflow models serve`; bad requests get one line, and /openapi.json says what can be asked.
 """
 
 import json
@@ -9,22 +8,51 @@ import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
+import anyio
 import click
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import Headers
 
 from diffusion import paths
-from diffusion.errors import UserError
+from diffusion.errors import UserError, brief, outside
 from diffusion.params_file import load
 from diffusion.serving import requests
 from diffusion.serving.registry import champion, model_name
 from diffusion.tracking.mlflow_store import connect
 
 MAX_BODY = 65_536  # bytes; the longest sensible request has a hundredth of it
-MODEL = "__pyfunc_model_path__"  # where MLflow's server looks for the folder
-SECONDS = "600"  # a request may take
+MAX_WAITING = 16  # requests beside the one that is answered
+RETRY_SECONDS = "30"  # what those beyond are told
+MODEL = "__pyfunc_model_path__"  # where the served folder's name stands, also for versions that MLflow's server answers
+
+
+class Invocation(BaseModel):
+    """The body that MLflow's server takes."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"inputs": {"num_images": 16, "seed": 7}}})
+
+    inputs: requests.Request
+
+
+class Predictions(BaseModel):
+    """The answer as MLflow's server wraps it."""
+
+    predictions: requests.Answer
+
+
+class Problem(BaseModel):
+    """What is wrong, in one line."""
+
+    detail: str
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 411, 413, 415, 422, 503)}
 
 
 @click.command()
@@ -39,17 +67,14 @@ def main(port: int, host: str, version: int | None) -> None:
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
-    url = f"http://{host}:{port}/invocations"
-    click.echo(f"Serving version {version} of model {name} on {url}   (Ctrl-C to stop). Try:")
-    click.echo(
-        f'  curl {url} -H \'Content-Type: application/json\' -d \'{{"inputs": {{"num_images": 16, "seed": 7}}}}\''
-    )
+    url, example = f"http://{host}:{port}", json.dumps({"inputs": {"num_images": 16, "seed": 7}})
+    click.echo(f"Serving version {version} of model {name} on {url}/invocations   (Ctrl-C to stop). Try:")
+    click.echo(f"  curl {url}/invocations -H 'Content-Type: application/json' -d '{example}'")
     sys.stdout.flush()
     os.environ |= {
         MODEL: str(folder),
         "PYTHONPATH": str(folder / "code"),  # the library as it was when the model was logged
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-        "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": os.environ.get("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", SECONDS),
     }
     server = ["-m", "uvicorn", "--factory", "diffusion.serving:app", "--host", host, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *server, "--log-level", "warning"])
@@ -63,12 +88,10 @@ def fetch(name: str, version: int | None) -> tuple[Path, int]:
     """
     try:
         client = connect()
-        if version is None:
-            found = champion(client, name)
-            if found is None:
-                raise UserError(f"model {name} has no champion: run `dvc repro`, or `make promote VERSION=n`")
-            version = int(found.version)
-        found = client.get_model_version(name, str(version))
+        found = champion(client, name) if version is None else client.get_model_version(name, str(version))
+        if found is None:
+            raise UserError(f"model {name} has no champion: run `dvc repro`, or `make promote VERSION=n`")
+        version = int(found.version)
         if "identity" not in found.tags:
             raise UserError(
                 f"version {version} of model {name} is not of this pipeline: `make promote` lists the others"
@@ -87,85 +110,80 @@ def fetch(name: str, version: int | None) -> tuple[Path, int]:
     except UserError:
         raise
     except Exception as error:  # not installed, no network, unknown
-        raise UserError(f"model {name} cannot be had from MLflow ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"model {name} cannot be had from MLflow ({brief(error)})") from None
     return folder, version
 
 
-def app() -> Any:
-    """MLflow's scoring server for the model in the environment's folder, behind `check`."""
-    from fastapi import Request
-    from fastapi.responses import JSONResponse, Response
-    from mlflow.pyfunc import load_model, scoring_server
+def app() -> FastAPI:
+    """The application for the model in the environment's folder."""
+    from mlflow.pyfunc import load_model
 
     try:
         model = load_model(os.environ[MODEL])
     except UserError as error:
         click.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
-    server, generator = scoring_server.init(model), model.unwrap_python_model().generator
-
-    @server.middleware("http")
-    async def guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.path == "/invocations" and request.method == "POST":
-            length = request.headers.get("content-length", "")
-            if not length.isdecimal() or "transfer-encoding" in request.headers:  # the latter would win
-                return JSONResponse({"error": "say how long the body is, with Content-Length"}, 411)
-            if int(length) > MAX_BODY:
-                return JSONResponse({"error": f"the body is too long: send at most {MAX_BODY} bytes"}, 413)
-            if not is_json(request.headers.get("content-type", "")):
-                return JSONResponse({"error": "send JSON in UTF-8, with Content-Type: application/json"}, 415)
-            others = [pair for pair in request.scope["headers"] if pair[0] != b"content-type"]
-            request.scope["headers"] = [*others, (b"content-type", b"application/json")]  # MLflow knows this spelling
-            try:
-                check(await request.body(), generator.num_classes, guidable=generator.guidable)
-            except UserError as error:
-                return JSONResponse({"error": str(error)}, 400)
-        response = await forward(request)
-        if response.status_code < 400:
-            return response
-        text = b"".join([part async for part in response.body_iterator]).decode(errors="replace")  # type: ignore[attr-defined]
-        return JSONResponse({"error": sentence(text)}, response.status_code)
-
-    return server
+    return application(model.unwrap_python_model().generator)
 
 
-def is_json(content_type: str) -> bool:
-    """Whether a Content-Type means JSON in UTF-8."""
-    message = Message()
-    message["Content-Type"] = content_type
-    charset = str(message.get_param("charset", "utf-8")).lower()
-    return bool(content_type) and message.get_content_type() == "application/json" and charset in ("utf-8", "utf8")
+def application(generator: requests.Generator) -> FastAPI:
+    """HTTP for a model: one request is answered at a time, MAX_WAITING wait, the others are sent away."""
+    handlers: dict[Any, Any] = {RequestValidationError: _refuse, Exception: _fail}
+    app = FastAPI(title="Image generation with a diffusion model", exception_handlers=handlers)
+    turn = anyio.CapacityLimiter(1)
+
+    @app.post("/invocations", responses=PROBLEMS, response_model_exclude_none=True)
+    async def invocations(call: Invocation) -> Predictions:
+        """Generate images."""
+        try:
+            generator.check(call.inputs)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+        if (now := turn.statistics()).borrowed_tokens + now.tasks_waiting > MAX_WAITING:
+            raise HTTPException(503, "too many requests wait: try again later", {"Retry-After": RETRY_SECONDS})
+        return Predictions(predictions=await anyio.to_thread.run_sync(generator.answer, call.inputs, limiter=turn))
+
+    @app.get("/ping")
+    @app.get("/health")
+    async def ping() -> Response:
+        """Status 200 once the model is loaded."""
+        return Response("\n", media_type="application/json")
+
+    @app.get("/version")
+    async def version() -> Response:
+        """The version of MLflow."""
+        from mlflow.version import VERSION
+
+        return Response(VERSION, media_type="application/json")
+
+    app.middleware("http")(_guard)
+    return app
 
 
-def sentence(answer: str) -> str:
-    """What an error of MLflow's server says, in one line; its traceback goes to the log."""
-    try:
-        content = json.loads(answer)
-    except ValueError:
-        content = answer
-    if isinstance(content, dict):
-        if "stack_trace" in content:
-            print(content["stack_trace"], file=sys.stderr)
-        content = content.get("message") or content.get("detail") or answer
-    return " ".join(str(content).rpartition("Error: ")[2].split())[:200]
+async def _guard(request: Request, forward: Callable[[Request], Awaitable[Response]]) -> Response:
+    if (request.method, request.url.path) == ("POST", "/invocations"):
+        status, problem = _unfit(request.headers)
+        if status:
+            return JSONResponse({"detail": problem}, status)
+    return await forward(request)
 
 
-def check(body: bytes, num_classes: int | None, *, guidable: bool = True) -> None:
-    """Whether a body is a request that the model can answer.
+def _unfit(headers: Headers) -> tuple[int | None, str]:
+    """Status and reason if the body had better not be read."""
+    length = headers.get("content-length", "")
+    if not length.isdecimal() or "transfer-encoding" in headers:  # the latter would win
+        return 411, "say how long the body is, with Content-Length"
+    if int(length) > MAX_BODY:
+        return 413, f"the body is too long: send at most {MAX_BODY} bytes"
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        return 415, "send JSON, with Content-Type: application/json"
+    return None, ""
 
-    Raises:
-        UserError: what is wrong, in one sentence.
-    """
-    try:
-        content = json.loads(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, numbers of thousands of digits, deep nesting
-        raise UserError(f"the body is not JSON: {' '.join(str(error).split())[:120]}") from None
-    if not isinstance(content, dict) or set(content) != {"inputs"}:
-        raise UserError('the body must be an object such as {"inputs": {"num_images": 16, "seed": 7}}')
-    inputs = content["inputs"]
-    requests.parse(inputs, num_classes, guidable=guidable)
-    for name, value in inputs.items():  # MLflow's schema has neither null nor what the model does not know
-        if value is None:
-            raise UserError(f"{name} must not be null: leave it out")
-        if num_classes is None and name in ("labels", "guidance"):
-            raise UserError(f"this model knows no classes: leave out {name}")
+
+async def _refuse(_: Request, error: Any) -> Response:
+    return JSONResponse({"detail": requests.explained(error.errors())}, 422)
+
+
+async def _fail(_: Request, error: Exception) -> Response:  # uvicorn logs the traceback
+    known = str(error) if isinstance(error, UserError) else outside(error)
+    return JSONResponse({"detail": known or "the server failed: its log says why"}, 500)
