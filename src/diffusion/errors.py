@@ -4,23 +4,30 @@ import errno
 import re
 import signal
 from types import FrameType
+from typing import IO, Any
+
+import click
 
 MEMORY = ("train.micro_batch", "sample.batch_size", "evaluate.batch_size")  # keys that say how much of a GPU is used
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OUTSIDE = (*FULL, errno.EACCES, errno.EROFS)  # the machine's fault, not ours
-
-
 CREDENTIALS = re.compile(r"(?<=://)[^\s'\"<>]*@|(?<=[?&]password=)[^\s'\"<>&]*")
 
 
-class UserError(Exception):
+class UserError(click.ClickException):
     """Something the user can put right. The message is one line that says what is wrong and what to do.
 
-    Stages print it without a traceback and exit with status 2. Passwords in URLs are masked, whoever wrote the words.
+    Click prints it without a traceback and exits with status 2, whichever command raised it. Passwords in URLs are
+    masked, whoever wrote the words.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(masked(message))
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.secho(f"error: {self.message}", file=file, fg="red", err=True)
 
 
 def masked(text: str) -> str:

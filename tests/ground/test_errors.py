@@ -1,7 +1,9 @@
 """What users are told: in one line, and never with a password."""
 
 import pytest
+from click.testing import CliRunner
 
+from diffusion.__main__ import main
 from diffusion.errors import UserError, brief, checked_url, masked
 
 SECRETS = ["S3cretPw", "p@ss/w0rd", "a:b", "x#y", "q?r"]
@@ -47,3 +49,24 @@ def test_an_ambiguous_password_is_refused(secret: str) -> None:
 )
 def test_others_are_taken(url: str) -> None:
     assert checked_url("X", url) == url
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["interchange", "write", "out"],
+        ["lineage"],
+        ["metrics", "compare", "a.npz", "b.npz"],
+        ["promote"],
+        ["serve"],
+        ["tune-apply"],
+        ["tune-report"],
+    ],
+    ids=" ".join,
+)
+def test_a_commands_error_is_one_line_and_status_2(arguments: list[str]) -> None:
+    """In an empty folder, where every one of them lacks something."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

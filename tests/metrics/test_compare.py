@@ -153,7 +153,7 @@ def test_a_golden_number_without_the_images_is_no_traceback(place: Path, monkeyp
 
 
 def test_the_distances_import_without_the_heavy_things() -> None:
-    absent = ("click", "torch_fidelity", "torchmetrics", "torchvision", "pydantic", "requests", "matplotlib")
+    absent = ("torch_fidelity", "torchmetrics", "torchvision", "pydantic", "requests", "matplotlib")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import diffusion.metrics, diffusion.metrics.names"
     run = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": f"{REPO}/src"}, capture_output=True, check=False

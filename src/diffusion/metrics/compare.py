@@ -1,7 +1,6 @@
 """`python -m diffusion.metrics compare`: distances between any two sets of images."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -42,11 +41,7 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     features stay in memory. FID and KID are --extractor inception's names alone.
     """
     keep_freed_memory()
-    try:
-        found = list(compared(a, b, **options))
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    found = list(compared(a, b, **options))
     if as_json:
         numbers = {name: value for entry in found for name, value in entry["numbers"].items()}
         click.echo(json.dumps({**numbers, "about": found}))

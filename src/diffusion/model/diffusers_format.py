@@ -7,7 +7,6 @@ Nothing of diffusers is needed for either. In Python: `DDPMPipeline.from_pretrai
 """
 
 import json
-import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -268,11 +267,7 @@ def _named_betas(scheduler: dict[str, Any], num_steps: int) -> np.ndarray:
 @click.argument("folder", type=click.Path(path_type=Path))
 def main(action: str, folder: Path) -> None:
     """Write models/model.safetensors into FOLDER as a diffusers pipeline, or read it from there."""
-    try:
-        click.echo({"write": _write, "read": _read}[action](folder))
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    click.echo({"write": _write, "read": _read}[action](folder))
 
 
 def _write(folder: Path) -> str:

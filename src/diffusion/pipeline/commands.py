@@ -1,13 +1,12 @@
 """Commands that are no stages: `make sync`, `python -m diffusion lineage`."""
 
-import sys
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.errors import UserError
+from diffusion.errors import UserError, brief
 from diffusion.model.card import read_card
 from diffusion.serving.registry import register
 from diffusion.tracking.journal import JOURNAL
@@ -27,22 +26,18 @@ def sync() -> None:
         client = connect()
         for path in tqdm(journals, desc="sync", unit=" journals", disable=len(journals) < 3):
             tqdm.write(f"{path.parent.name}: {send(path, client, register)}")
+    except UserError:
+        raise
     except Exception as error:  # not installed, no network, refused
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        click.secho(f"error: no MLflow ({reason})", fg="red", err=True)
-        sys.exit(2)
+        raise UserError(f"no MLflow ({brief(f'{type(error).__name__}: {error}')})") from None
 
 
 @click.command()
 @click.argument("what", default=str(paths.MODEL), metavar="[MODEL | RUN_ID]")
 def lineage(what: str) -> None:
     """Print what made MODEL (a safetensors file with its card), or the files of an MLflow run."""
-    try:
-        path = Path(what)
-        rows = of_model(path, read_card(path)) if path.suffix == ".safetensors" else of_run(what)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    path = Path(what)
+    rows = of_model(path, read_card(path)) if path.suffix == ".safetensors" else of_run(what)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         click.echo(f"{name:<{width}}  {value}")

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -20,7 +19,7 @@ import click
 
 from diffusion import paths
 from diffusion.code_digest import LIBRARY
-from diffusion.errors import UserError
+from diffusion.errors import UserError, brief
 from diffusion.params_file import load
 from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect, is_server
@@ -219,16 +218,14 @@ def _digest(path: Path) -> str:
 def main(version: int | None) -> None:
     """List the versions of the registered model; with VERSION, make that one the champion."""
     try:
-        client, name = connect(), model_name(load(paths.PARAMS).tracking.experiment)
+        name, client = model_name(load(paths.PARAMS).tracking.experiment), connect()
         if version is not None:
             promote(client, name, version)
         _list(client, name)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    except UserError:
+        raise
     except Exception as error:  # not installed, no network, refused
-        click.secho(f"error: no MLflow ({' '.join(str(error).split())[:200]})", fg="red", err=True)
-        sys.exit(2)
+        raise UserError(f"no MLflow ({brief(error)})") from None
 
 
 def promote(client: Any, name: str, version: int) -> None:

@@ -25,11 +25,7 @@ SCALAR = re.compile(r"""'[^']*'|"[^"]*"|[^\s,#}\]]+""")
 )
 def main(params: Path) -> None:
     """Write the best values of the search into params.yaml and show the difference."""
-    try:
-        click.echo(apply(paths.BEST_YAML, params) or f"{params} has the best values already\n", nl=False)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    click.echo(apply(paths.BEST_YAML, params) or f"{params} has the best values already\n", nl=False)
 
 
 def apply(best: Path, params: Path) -> str:

@@ -17,14 +17,9 @@ from diffusion.tuning.store import shown, storage_url
 @click.option("--port", default=8080, show_default=True, help="Port on 127.0.0.1.")
 def main(port: int) -> None:
     """Open optuna-dashboard on the store that `make tune` writes to."""
-    try:
-        url = storage_url(load(paths.PARAMS).tune)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    url = storage_url(load(paths.PARAMS).tune)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        click.secho(f"error: {shown(url)} does not exist yet: run `make tune` first", fg="red", err=True)
-        sys.exit(2)
+        raise UserError(f"{shown(url)} does not exist yet: run `make tune` first")
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if (command := shutil.which("optuna-dashboard", path=beside)) is None:
         click.echo(f"{paths.TUNING}/ has tables and figures; pages: pip install optuna-dashboard && make tune-report")
