@@ -61,12 +61,8 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for stat
 @click.option("--version", type=click.IntRange(1), help="Version to serve.  [default: the champion]")
 def main(port: int, host: str, version: int | None) -> None:
     """Serve the champion: POST {"inputs": {"num_images": 16, "seed": 7}} to /invocations."""
-    try:
-        name = model_name(load(paths.PARAMS).tracking.experiment)
-        folder, version = fetch(name, version)
-    except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+    name = model_name(load(paths.PARAMS).tracking.experiment)
+    folder, version = fetch(name, version)
     url, example = f"http://{host}:{port}", json.dumps({"inputs": {"num_images": 16, "seed": 7}})
     click.echo(f"Serving version {version} of model {name} on {url}/invocations   (Ctrl-C to stop). Try:")
     click.echo(f"  curl {url}/invocations -H 'Content-Type: application/json' -d '{example}'")
