@@ -25,7 +25,6 @@ from diffusion.runtime import resolve_device
 # Rank 0 alone draws previews and writes outputs while the others wait in a collective.
 TIMEOUT = datetime.timedelta(minutes=30)
 STOP_SECONDS = 120  # for a worker to end its step and save, once it was asked to stop
-RESTARTS = 3  # of `launch`, after workers that something outside killed
 
 Result = TypeVar("Result")
 
@@ -160,44 +159,32 @@ def joined(device_name: str) -> Iterator[tuple[World, torch.device]]:
 
 
 def launch(processes: int, module: str, args: Sequence[str]) -> None:
-    """Run `python -m module args` in `processes` processes of this machine, as torchrun does.
+    """Run `python -m module args` in `processes` processes of this machine: torchrun, but only they say what is wrong.
 
-    SIGINT and SIGTERM are handed on. Workers that a signal killed are started again, RESTARTS times at most: all begin
-    anew, and go on from what they saved.
+    SIGINT and SIGTERM are handed on to them.
 
     Raises:
-        SystemExit: with the exit status of the worker that failed first (it said why), 130 after SIGINT or SIGTERM.
+        UserError: one was killed, which could not say so.
+        SystemExit: with the exit status of the one that failed first, 130 after SIGINT or SIGTERM.
     """
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the workers' and our own lines say it
+    logging.disable()  # torchrun's own words about each of them
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    for left in reversed(range(RESTARTS + 1)):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=f"{module}-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,  # torchrun would start workers again that ended because of a mistake in the params
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", module, *args)
-            return
-        except SignalException:
-            sys.exit(130)
-        except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if failure.exitcode >= 0 or not left:
-                sys.exit(failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode)
-            print(f"process {rank} of {processes} was killed (signal {-failure.exitcode}): again", file=sys.stderr)
+    torchrun = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}", "-m"]
+    try:
+        run.main([*torchrun, module, *args])
+    except SignalException:
+        sys.exit(130)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            why = f"was killed (signal {-failure.exitcode})"
+            raise UserError(f"process {rank} of {processes} {why}: `dvc repro` goes on from what was saved") from None
+        sys.exit(failure.exitcode)
 
 
 def data_parallel(net: nn.Module) -> DistributedDataParallel:

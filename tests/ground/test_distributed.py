@@ -208,7 +208,10 @@ def children(pid: int) -> list[int]:
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_else(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, starter: str
 ) -> None:
-    """Two processes, one SIGKILLed: all start again, and end in the weights of two that were let alone, bit for bit."""
+    """Two processes, one SIGKILLed: the stage says so and goes on when it is run again, torchrun starts all again.
+
+    Both end in the weights of two that were let alone, bit for bit.
+    """
     write_params(**LONG, **{"train.processes": 2 if starter == "train.processes" else 1})
     run_all("prepare")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as the README says
@@ -217,6 +220,13 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint_and_nothing_e
     wait_for_checkpoint(30, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     said = process.wait()
+    if starter == "train.processes":
+        assert process.returncode == 2
+        assert re.findall("^error: .*", said, re.MULTILINE) == [
+            "error: process 1 of 2 was killed (signal 9): `dvc repro` goes on from what was saved"
+        ]
+        process = Command("stages.train")
+        said = process.wait()
     assert process.returncode == 0, said
     assert said.count("resuming at step") == 1
     metrics = json.loads(paths.TRAIN_METRICS.read_text())
