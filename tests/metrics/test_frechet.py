@@ -54,6 +54,7 @@ def test_bad_features_are_refused(rows: np.ndarray) -> None:
 def test_one_image_has_no_covariance() -> None:
     with pytest.raises(UserError, match="at least 2"):
         _ = moments(np.zeros((1, 3)), 1).cov
+    assert moments(np.array([[0.0], [2.0]]), 1).cov.tolist() == [[2.0]]
 
 
 def test_diagonal_gaussians_have_a_closed_form() -> None:

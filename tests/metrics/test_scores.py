@@ -1,20 +1,18 @@
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.pictures import Colours, pictures
+from helpers.pictures import SmallInception, SmallLite0, pictures
 
 from diffusion import paths
 from diffusion.config import Params
 from diffusion.data.download.inception_weights import sha256
-from diffusion.distributed import World
 from diffusion.errors import UserError
-from diffusion.metrics import extraction, extractors, features, frechet_distance
+from diffusion.metrics import extractors, features, frechet_distance
 from diffusion.metrics.extraction import moments_of
-from diffusion.metrics.reference import Reference, make_reference
+from diffusion.metrics.reference import Reference
 from diffusion.metrics.scores import evaluate
 from diffusion.pipeline.reference import write_references
 
@@ -22,81 +20,10 @@ CPU = torch.device("cpu")
 REQUIRED = {"evaluate.inception": "require", "sample.num_images": 5000}  # enough for the rules of params.yaml
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_moments_are_those_of_all_images(batch_size: int) -> None:
-    images = pictures(30)
-    found = moments_of(images, Colours(), batch_size, CPU, "test")
-    rows = images.reshape(30, -1, 3).mean(axis=1)
-    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found.cov, np.cov(rows, rowvar=False), rtol=1e-4)
-
-
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_moments_of_shares_are_those_of_one_process(size: int) -> None:
-    """A share is made of whole batches: the features are the same bits, only float64 sums are in another order."""
-
-    class OfBatch(Colours):
-        """As a network's last bits may: a row depends on the batch that it is in."""
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            found = super().forward(images)
-            return found + found.mean(dim=0)
-
-    images, extractor = pictures(45), OfBatch()
-    whole = moments_of(images[:45], extractor, 7, CPU, "test")
-    shares = []
-    for rank in range(size):
-        (share, _), _ = extraction._share(images, extractor, 7, CPU, "test", World(rank, size, rank))
-        shares.append(share)
-    assert sum(share.count for share in shares) == 45
-    for other in shares[1:]:
-        shares[0].merge(other)
-    np.testing.assert_allclose(shares[0].mean, whole.mean, rtol=1e-10, atol=1e-12)
-    assert np.abs(shares[0].cov - whole.cov).max() <= 1e-10 * np.abs(whole.cov).max()
-
-
-def test_a_reference_comes_back_and_knows_its_extractor(tmp_path: Path) -> None:
-    images = pictures(10)
-    reference = make_reference(images, "train", Colours(), 4, CPU)
-    reference.save(tmp_path / "r.npz")
-    loaded = Reference.load(tmp_path / "r.npz", Colours().describe())
-    np.testing.assert_array_equal(loaded.cov, reference.cov)
-    assert (loaded.key["split"], loaded.key["images"]) == ("train", 10)
-    assert make_reference(pictures(10, 1), "train", Colours(), 4, CPU).key != loaded.key
-    with pytest.raises(UserError, match="another extractor"):
-        Reference.load(tmp_path / "r.npz", {"extractor": "colours", "resize": "none"})
-    (tmp_path / "r.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="repro"):
-        Reference.load(tmp_path / "r.npz", Colours().describe())
-
-
-def test_a_reference_takes_its_name_when_all_of_it_is_on_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And one that cannot be written leaves the one before as it was."""
-    path, synced, fsync = tmp_path / "r.npz", {}, os.fsync
-
-    def noting(descriptor: int) -> None:
-        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", noting)
-    reference = make_reference(pictures(10), "train", Colours(), 4, CPU)
-    reference.save(path)
-    reference.save(path)
-    assert synced[path.stat().st_ino] == path.stat().st_size
-    assert len({*synced} - {tmp_path.stat().st_ino}) == 2, "a file of its own each time"
-    before = path.read_bytes()
-    monkeypatch.setattr(np, "savez", lambda file, **_: file.write(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        reference.save(path)
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [before]
-
-
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Real images and samples where the stages look for them; no weights, no network."""
-    monkeypatch.chdir(tmp_path)
+    """Real images and samples where the stages look for them; no weights; three features for fd_lite0."""
+    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path / "weights")
     paths.IMAGES.mkdir(parents=True)
@@ -114,10 +41,7 @@ def test_samples_of_another_size_than_the_real_images_are_refused(tiny, workspac
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_grey_images_are_scored_as_rgb_and_alpha_is_ignored(
-    tiny, workspace: Path, channels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
+def test_grey_images_are_scored_as_rgb_and_alpha_is_ignored(tiny, workspace: Path, channels: int) -> None:
     real, made = pictures(30), pictures(25, 1)
     grey = [images[..., :1].repeat(3, axis=-1) if channels < 3 else images for images in (real, made)]
     np.save(paths.TRAIN_IMAGES, grey[0])
@@ -138,33 +62,17 @@ def with_inception(params: Params, choice: str) -> Params:
 
 
 def test_the_score_is_the_distance_of_both_sets(tiny, workspace: Path) -> None:
-    params = tiny()
-    write_references(params)
-    result = evaluate(params, paths.SAMPLES_NPZ, {"sampler": "ddim"})
-    extractor = features.EfficientNetLite0()
-    rows = [
-        extractor(torch.from_numpy(x).permute(0, 3, 1, 2)).double().numpy()
-        for x in (pictures(30)[:20], pictures(25, 1))
-    ]
-    from scipy.linalg import sqrtm
-
-    covs = [np.cov(r, rowvar=False) for r in rows]
-    root = sqrtm(covs[0] @ covs[1] + 1e-12 * np.eye(1280)).real
-    expected = ((rows[0].mean(0) - rows[1].mean(0)) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
-    assert result["fd_lite0_25"] == pytest.approx(expected, rel=0.01)
+    write_references(tiny())
+    result = evaluate(tiny(), paths.SAMPLES_NPZ, {"sampler": "ddim"})
+    real, made = (images.mean((1, 2)) for images in (pictures(30)[:20], pictures(25, 1)))  # SmallLite0's features
+    expected = frechet_distance(made.mean(0), np.cov(made, rowvar=False), real.mean(0), np.cov(real, rowvar=False))
+    assert result["fd_lite0_25"] == pytest.approx(expected, rel=1e-4)
     assert not any(name.startswith(("fid", "kid")) for name in result)
     about = result["about"][0]
     assert about["metric"] == "fd_lite0_25"
     assert (about["samples"], about["reference"]["images"], about["reference"]["split"]) == (25, 20, "train")
     assert about["sampler"] == "ddim"
     json.dumps(result)
-
-
-def test_equal_sets_have_no_distance(tiny, workspace: Path) -> None:
-    params = tiny(**{"evaluate.reference_images": 30})
-    write_references(params)
-    np.savez(paths.SAMPLES_NPZ, images=pictures(30))
-    assert evaluate(params, paths.SAMPLES_NPZ, {})["fd_lite0_30"] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_auto_without_weights_says_so_loudly_and_goes_on(
@@ -193,33 +101,10 @@ def test_a_reference_of_other_images_is_not_used(tiny, workspace: Path, change: 
         evaluate(tiny(**change), paths.SAMPLES_NPZ, {})
 
 
-class SmallInception(features.Inception):
-    """Twelve features in the place of FID's 2,048, to go through the stages in no time."""
-
-    dim = 12
-
-    def __init__(self, weights: Path, precision: str = "fp32") -> None:
-        torch.nn.Module.__init__(self)
-        self.weights_sha256 = sha256(weights)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-
-class SmallLite0(Colours):
-    """The same for fd_lite0."""
-
-    metric = "fd_lite0"
-
-    def __init__(self, precision: str = "fp32") -> None:
-        super().__init__()
-
-
 @pytest.fixture
 def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights of the user's own."""
     monkeypatch.setattr(extractors, "Inception", SmallInception)
-    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
     (workspace / "mine.pth").write_text("weights")
     monkeypatch.setattr(extractors, "at_hand", lambda config: workspace / "mine.pth")
     answered(workspace / "mine.pth")
@@ -320,11 +205,13 @@ def test_blocks_are_the_samples_in_order(tiny, with_weights: Path) -> None:
         evaluate(params.model_copy(update={"evaluate": in_three}), paths.SAMPLES_NPZ, {})
 
 
-def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path) -> None:
-    """KID, precision and recall, copies: the functions themselves on features that were computed in one go."""
+def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KID, precision and recall, copies: the functions themselves on features that EfficientNet computed in one go."""
     from diffusion.metrics.neighbours import copies, kid, precision_recall
 
-    params = tiny(**{"evaluate.kept_features": 18, "evaluate.reference_images": 30})
+    monkeypatch.setattr(extractors, "EfficientNetLite0", features.EfficientNetLite0)
+    few = {"evaluate.reference_images": 30, "evaluate.measures": ["kid", "precision_recall", "copies"]}
+    params = tiny(**few, **{"evaluate.kept_features": 18})
     write_references(params)
     made = np.concatenate([pictures(30)[4:5], pictures(24, 1)])  # the first is a training image
     np.savez(paths.SAMPLES_NPZ, images=made)
@@ -335,16 +222,15 @@ def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path) ->
     assert (result["precision_lite0_18"], result["recall_lite0_18"]) == precision_recall(a, b)
     assert result["copies_lite0_18"] == copies(a, b).share == 1 / 18
     details = {entry["measure"]: entry for entry in result["about"]}
+    assert len(details["copies"]["pairs"]) == 16
     assert details["copies"]["pairs"][0][:2] == [0, 4]
     assert details["copies"]["pairs"][0][2] == pytest.approx(0, abs=1e-3)
     for entry in details.values():
         assert entry["reference"]["extractor"]["implementation"].startswith("efficientnet-lite-pytorch ")
         assert (entry["reference"]["split"], entry["reference"]["images"], entry["sampler"]) == ("train", 30, "ddim")
         assert torch.__version__.startswith(entry["versions"]["torch"].split("+")[0])
-    assert details["frechet"]["samples"] == 25
-    other = tiny(**{"evaluate.kept_features": 17, "evaluate.reference_images": 30})
     with pytest.raises(UserError, match="kept was 18, is 17"):
-        evaluate(other, paths.SAMPLES_NPZ, {})
+        evaluate(tiny(**few, **{"evaluate.kept_features": 17}), paths.SAMPLES_NPZ, {})
 
 
 def test_copies_are_looked_for_among_training_images_alone(tiny, workspace: Path) -> None:
@@ -354,11 +240,12 @@ def test_copies_are_looked_for_among_training_images_alone(tiny, workspace: Path
     assert set(evaluate(params, paths.SAMPLES_NPZ, {})) == {"precision_lite0_20", "recall_lite0_20", "about"}
 
 
-def test_a_reference_of_other_code_is_not_used(tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_references(tiny())
+def test_a_reference_of_other_code_is_not_used(tiny, with_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tiny(**REQUIRED, **{"evaluate.inception_images": 20})
+    write_references(params)
     monkeypatch.setattr(features, "feature_code", lambda: "of another version")
     with pytest.raises(UserError, match=r"code was \w+, is of another version"):
-        evaluate(tiny(), paths.SAMPLES_NPZ, {})
+        evaluate(params, paths.SAMPLES_NPZ, {})
 
 
 def test_off_is_silent(tiny, workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

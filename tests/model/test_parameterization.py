@@ -23,7 +23,7 @@ class Constant(nn.Module):
 
 @pytest.mark.parametrize("name", PARAMETERIZATIONS)
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
-def test_the_target_leads_back_to_x0_and_eps_at_each_t(name: str, schedule_name: str) -> None:
+def test_the_target_leads_back_to_x0_and_its_error_to_x0s_at_each_t(name: str, schedule_name: str) -> None:
     schedule = make_schedule(schedule_name, 1000)
     t = torch.arange(1000)
     generator = torch.Generator().manual_seed(0)
@@ -34,6 +34,9 @@ def test_the_target_leads_back_to_x0_and_eps_at_each_t(name: str, schedule_name:
     parameterization = PARAMETERIZATIONS[name]
     target = parameterization.target(x0, eps, a, s)
     torch.testing.assert_close(parameterization.x0(target, x_t, a, s), x0, rtol=0, atol=1e-9)
+    wrong = target + 0.1
+    error = (parameterization.x0(wrong, x_t, a, s) - x0).square().mean((1, 2, 3))
+    torch.testing.assert_close(parameterization.of_x0_error(schedule.snr()) * error, torch.full_like(error, 0.01))
 
 
 def test_v_is_the_derivative_of_x_along_the_circle() -> None:
@@ -64,10 +67,6 @@ def test_edm_is_the_papers_preconditioning() -> None:
     torch.testing.assert_close(edm.net_input(x_t, a, s), c_in * x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(edm.x0(out, x_t, a, s), c_skip * x + c_out * out, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(edm.target(x0, eps, a, s), (x0 - c_skip * x) / c_out, rtol=1e-6, atol=1e-6)
-    weight = (sigma**2 + sigma_data**2) / (
-        sigma * sigma_data
-    ) ** 2  # lambda(sigma): it makes the error of F count alike
-    torch.testing.assert_close(edm.of_x0_error(schedule.snr()), weight.flatten(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["x0", "v", "edm"])

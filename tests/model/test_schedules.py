@@ -16,6 +16,8 @@ def test_tables_are_float64_and_consistent(name: str, num_steps: int) -> None:
     assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
     np.testing.assert_allclose(schedule.alphas_cumprod, np.cumprod(1 - schedule.betas.numpy()), rtol=1e-12)
     assert (schedule.alphas_cumprod.diff() < 0).all()
+    signal, noise = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt()
+    np.testing.assert_allclose(schedule.log_ratio(), (signal / noise).log(), atol=1e-9)
 
 
 def test_linear_is_the_papers() -> None:

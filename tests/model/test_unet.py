@@ -87,6 +87,14 @@ def test_a_conditional_network_tells_classes_apart(tiny_model) -> None:
         torch.testing.assert_close(net(x, t), net(x, t, torch.full((4,), -1)), rtol=0, atol=0)
 
 
+def test_what_was_done_to_an_image_matters_and_nothing_is_nothing(tiny_model) -> None:
+    net = randomised(UNet(tiny_model.model_copy(update={"augment": 0.1})))
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([7])
+    with torch.no_grad():
+        assert net(x, t, augment=torch.zeros(1, 8)).equal(net(x, t))
+        assert not net(x, t, augment=torch.ones(1, 8)).allclose(net(x, t))
+
+
 def test_same_padding_is_tensorflows() -> None:
     """TensorFlow pads an even size that is halved by a 3x3 kernel with nothing before and one after."""
     torch.manual_seed(0)

@@ -286,16 +286,14 @@ def test_a_process_that_waits_leaves_the_run_alone_and_can_be_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path, signal_number: int) -> None:
+def test_a_killed_sampling_goes_on_to_the_same_images(trained: Path) -> None:
     many = {"sample.num_images": 48, "sample.steps": 20, "sample.save_png": False}
     write_params(**OVERRIDES | many)
     process = Command("stages.sample")
     wait_for_file(process, lambda: any(paths.RUNS.glob("*/samples-*/*.npz")))
-    process.send_signal(signal_number)
+    process.send_signal(signal.SIGKILL)
     said = process.wait()
-    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL), said
-    assert "Traceback" not in said
+    assert process.returncode == -signal.SIGKILL, said
     assert "resuming: " in run("sample").output
     resumed = samples()
     shutil.rmtree(paths.SAMPLES)
