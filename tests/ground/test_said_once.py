@@ -72,7 +72,7 @@ def test_a_damaged_part_and_a_damaged_card(workspace: Path, capsys: pytest.Captu
     next((workspace / "parts").glob("*.npz")).write_bytes(b"torn")
     assert list(parts.found()) == []
     (line,) = lines(capsys)
-    assert "drawn again" in line
+    assert "generated again" in line
 
     assert lineage._json(paths.SAMPLES_CARD) == {}
     assert lines(capsys) == []  # nothing sampled yet is no error
