@@ -25,3 +25,23 @@ def test_auto_takes_the_faster_precision(
     assert runtime.resolve_precision("auto", torch.device("cpu")) == chosen
     assert runtime.resolve_precision("bf16", torch.device("cpu")) == torch.bfloat16
     assert runtime.resolve_precision("fp32", torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "steps", "compiles"),
+    [
+        ("auto", "cpu", 10**6, False),
+        ("auto", "cuda", 10**6, True),
+        ("auto", "cuda", 100, False),
+        ("on", "cpu", 1, True),
+        ("on", "cuda", 1, True),
+        ("off", "cuda", 10**6, False),
+    ],
+)
+def test_compilation_is_for_long_trainings_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, choice: str, device: str, steps: int, compiles: bool
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda net, **_: ("compiled", net))
+    net = torch.nn.Linear(1, 1)
+    found = runtime.compiled(net, choice, torch.device(device), steps)
+    assert found == (("compiled", net) if compiles else net)

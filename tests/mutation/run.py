@@ -94,18 +94,17 @@ def forked(copy: Path, seconds: float, work: Callable[[], int]) -> int:
 
 
 def tests_of(execution: dict, path: Path, line: int) -> list[str]:
-    """The tests that execute the statement at `line`, quick ones first, then the others of their files.
+    """The tests that execute the statement at `line`, those of its module and the quick ones first.
 
-    The others may use what a shared fixture has made. A statement that is executed by importing the module is for all
-    files whose tests execute something of it.
+    A statement that is executed by importing the module is for all files whose tests execute something of it.
     """
     statements = {int(first): names for first, names in execution["tests"].get(str(path), {}).items()}
-    executing = statements.get(max((first for first in statements if first <= line), default=0), [])
-    named = executing if executing != [""] else {name for names in statements.values() for name in names}
-    files = {name.split("::")[0] for name in named} - {""}
-    tests = [test for test in execution["seconds"] if test.split("::")[0] in files]
+    tests = statements.get(max((first for first in statements if first <= line), default=0), [])
+    if tests == [""]:
+        files = {name.split("::")[0] for names in statements.values() for name in names}
+        tests = [test for test in execution["seconds"] if test.split("::")[0] in files]
     own, seconds = f"/test_{path.stem}.py", execution["seconds"]
-    return sorted(tests, key=lambda test: (test not in executing, own not in test, seconds[test]))
+    return sorted({*tests} - {""}, key=lambda test: (own not in test, seconds[test]))
 
 
 def places(path: Path) -> Iterator[tuple[Path, str, int, tuple[int, int]]]:
