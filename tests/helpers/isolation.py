@@ -30,8 +30,9 @@ def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
     anchor(folder, patch)
     for name in [name for name in os.environ if name.startswith(SERVICES) and name not in SETTINGS]:
         patch.delenv(name)
-    for name, value in SETTINGS.items():
+    for name, value in {**SETTINGS, "MLFLOW_TRACKING_URI": ""}.items():
         patch.setenv(name, value)
+    patch.delenv("MLFLOW_TRACKING_URI")  # if mlflow.set_tracking_uri sets it, `patch` takes it away
 
 
 def anchor(folder: Path, patch: pytest.MonkeyPatch) -> None:

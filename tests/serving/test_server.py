@@ -30,7 +30,7 @@ from diffusion import params_file, paths
 from diffusion.errors import UserError
 from diffusion.model.model_file import load_denoiser
 from diffusion.sampling import generation
-from diffusion.serving import registry, requests, server
+from diffusion.serving import logged_model, registry, requests, server
 
 pytestmark = pytest.mark.xdist_group("served")  # one start of the server
 CONDITIONAL = {"model.num_classes": 10, "sample.guidance": 2.0, "tracking.experiment": "faces"}
@@ -256,12 +256,13 @@ def test_it_answers_as_mlflows_own_server(
     client: TestClient, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`mlflow models serve` on the same model."""
-    from mlflow.pyfunc import load_model, scoring_server
+    from mlflow.pyfunc import load_model, save_model, scoring_server
 
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "")  # which it sets
     card = json.loads((folder / "model.json").read_text())
     sample = params_of(**CONDITIONAL).sample.model_dump(mode="json")
-    registry.save(tmp_path / "logged", folder / "model.safetensors", card, sample)
+    contents = logged_model.packed(tmp_path, folder / "model.safetensors", card, sample)
+    save_model(tmp_path / "logged", **contents)
     with TestClient(scoring_server.init(load_model(str(tmp_path / "logged")))) as theirs:
         for inputs in ({"num_images": 2, "seed": 1}, {"num_images": 3, "seed": 2, "labels": [4], "format": "raw"}):
             assert ask(client, **inputs) == ask(theirs, **inputs)

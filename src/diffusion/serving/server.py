@@ -23,7 +23,7 @@ from diffusion import paths
 from diffusion.errors import UserError, brief, outside
 from diffusion.params_file import load
 from diffusion.serving import requests
-from diffusion.serving.registry import champion, model_name
+from diffusion.serving.registry import holder_of, model_name
 from diffusion.tracking.mlflow_store import connect
 
 MAX_BODY = 65_536  # bytes; the longest sensible request has a hundredth of it
@@ -84,7 +84,7 @@ def fetch(name: str, version: int | None) -> tuple[Path, int]:
     """
     try:
         client = connect()
-        found = champion(client, name) if version is None else client.get_model_version(name, str(version))
+        found = holder_of(client, name, "champion") if version is None else client.get_model_version(name, str(version))
         if found is None:
             raise UserError(f"model {name} has no champion: run `dvc repro`, or `make promote VERSION=n`")
         version = int(found.version)
