@@ -16,7 +16,7 @@ from gpu_session import Part
 from gpu_speed import release, with_compile
 from rates import synchronize
 
-from diffusion.config import Params, TrainedConfig, trained
+from diffusion.config import ImportedConfig, Params, TrainedConfig, trained
 from diffusion.data import grids
 from diffusion.data.dataset import Dataset
 from diffusion.metrics import Moments
@@ -201,7 +201,7 @@ def _write_curves(trainer: Trainer, folder: Path) -> None:
         (folder / name).write_text(text.getvalue())
 
 
-def _denoiser(net: torch.nn.Module, config: TrainedConfig, task: Task) -> Denoiser:
+def _denoiser(net: torch.nn.Module, config: TrainedConfig | ImportedConfig, task: Task) -> Denoiser:
     return Denoiser(
         net.to(task.device),
         configured_schedule(config.diffusion).to(task.device),

@@ -18,7 +18,7 @@ from laptop_quality import REFERENCE
 from machine import RESULTS, report
 
 from diffusion import paths
-from diffusion.config import Params, SampleConfig, trained_from_dict
+from diffusion.config import Params, SampleConfig, TrainedConfig
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
@@ -94,7 +94,7 @@ def configured(sample: SampleConfig, sampler: Any, spacing: Any, steps: int) -> 
 def model(params: Params, device: torch.device) -> tuple[Denoiser, dict[str, Any]]:
     """The trained model as the sample stage loads it, and what it is."""
     denoiser = load_denoiser(paths.MODEL, params.sample, device)
-    trained = trained_from_dict(read_card(paths.MODEL)["config"])
+    trained = TrainedConfig.model_validate(read_card(paths.MODEL)["config"])
     about = {
         "sha256": hashlib.sha256(paths.MODEL.read_bytes()).hexdigest()[:16],
         "schedule": trained.diffusion.schedule,

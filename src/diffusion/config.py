@@ -159,6 +159,19 @@ class TrainedConfig(Section):
     model: ModelConfig
     train: TrainConfig
 
+    @property
+    def guidable(self) -> bool:
+        """Whether the network was also trained without classes, as guidance asks it."""
+        return self.model.num_classes is not None and self.train.label_dropout > 0
+
+
+class ImportedConfig(Section):
+    """What is known of a model that was trained elsewhere, in the place of TrainedConfig."""
+
+    diffusion: DiffusionConfig
+    model: ModelConfig
+    guidable: bool
+
 
 class SampleConfig(Section):
     sampler: Literal["ddpm", "ddim", "heun", "dpmpp_2m", "unipc"]
@@ -240,14 +253,14 @@ def trained(params: Params) -> TrainedConfig:
     return TrainedConfig(seed=params.seed, diffusion=params.diffusion, model=params.model, train=params.train)
 
 
-def trained_from_dict(tree: Mapping[str, Any]) -> TrainedConfig:
-    """What a model's card says that it was trained with.
+def trained_from_dict(tree: Mapping[str, Any]) -> TrainedConfig | ImportedConfig:
+    """What a model's card says that it was trained with, as far as that is known.
 
     Raises:
         UserError: the card was written by another version of this project.
     """
     try:
-        return TrainedConfig.model_validate(tree)
+        return (TrainedConfig if "train" in tree else ImportedConfig).model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -25,7 +25,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "paper, shrunk": {},
     "symmetric, several heads": {"model.downsample": "symmetric", "model.head_channels": 16},
     "grey, 16 pixels": {"model.image_channels": 1, "model.image_size": 16, "model.attention_resolutions": [8]},
-    "classes": {"model.num_classes": 10},
+    "classes": {"model.num_classes": 10, "train.label_dropout": 0.1},
+    "classes, never left out": {"model.num_classes": 10, "train.label_dropout": 0.0},
 }
 
 
@@ -55,9 +56,10 @@ def test_diffusers_computes_the_same(shape: str, tmp_path: Path) -> None:
         expected = theirs(x, t, class_labels=labels).sample
         ours = net(x, t) if labels is None else net(x, t, torch.where(labels == 10, -1, labels))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    back, diffusion = diffusers_format.read_pipeline(tmp_path)
+    back, imported = diffusers_format.read_pipeline(tmp_path)
     assert back.config == trained.model
-    assert diffusion == trained.diffusion
+    assert imported.diffusion == trained.diffusion
+    assert imported.guidable == trained.guidable
     assert {k: v.tolist() for k, v in back.state_dict().items()} == {k: v.tolist() for k, v in net.state_dict().items()}
 
 
@@ -83,7 +85,8 @@ def test_the_published_layout_is_read_with_its_old_names(tmp_path: Path) -> None
             name = name.replace(f".{new}.", f".{past}.") if ".attentions." in name else name
         old[name] = tensor
     save_file(old, weights)
-    net, diffusion = diffusers_format.read_pipeline(tmp_path)
+    net, imported = diffusers_format.read_pipeline(tmp_path)
+    diffusion = imported.diffusion
     assert (diffusion.schedule, diffusion.prediction, diffusion.num_steps) == ("linear", "eps", 1000)
     assert net.config == params_file.load(REPO / "params/paper.yaml", {"model.dropout": 0.0}).model
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
@@ -103,7 +106,7 @@ def test_their_scheduler_has_our_betas(schedule: str, prediction: str, tmp_path:
     ours = diffusers_format.configured_schedule(trained.diffusion)
     torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alphas_cumprod, rtol=1e-3, atol=1e-6)
     assert theirs.config.prediction_type == diffusers_format.PREDICTIONS[prediction]
-    assert diffusers_format.read_pipeline(tmp_path)[1] == trained.diffusion
+    assert diffusers_format.read_pipeline(tmp_path)[1].diffusion == trained.diffusion
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_a_scheduler_that_is_none_of_ours_is_one_line(scheduler: dict[str, Any],
         ({"sample_size": 30}, "divides model.image_size = 30"),
         ({"norm_num_groups": "none"}, "model.norm_groups = 'none' is not allowed"),
         ({"dropout": 2.0}, "model.dropout = 2.0 is not allowed: it must be a number from 0 to 1"),
-        ({"num_class_embeds": 1}, "model.num_classes = 0 is not allowed"),
+        ({"num_class_embeds": 0}, "model.num_classes = 0 is not allowed"),
         ({"out_channels": 6}, "out_channels = 6 is not in_channels"),
     ],
     ids=str,
@@ -263,6 +266,8 @@ def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     assert explained["weights"] == "imported"
     assert explained["fingerprint"].startswith("imported-")
     assert explained["diffusion.schedule"] == "linear"
+    card = json.loads((tmp_path / "models/model.json").read_text())
+    assert set(card["config"]) == {"diffusion", "model", "guidable"}  # how it was trained is not known
     wrong = run("interchange", "read", "nowhere")
     assert wrong.exit_code == 2
     assert wrong.output.startswith("error: nowhere is not a diffusers pipeline")

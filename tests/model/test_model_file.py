@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from diffusion.config import trained
 from diffusion.errors import UserError
-from diffusion.model.card import is_guidable, read_card
 from diffusion.model.model_file import load_denoiser, load_model, save_model
 from diffusion.model.parameterization import PARAMETERIZATIONS
 from diffusion.model.schedules import make_schedule
@@ -50,7 +49,7 @@ def test_guidance_needs_a_network_that_was_also_trained_without_classes(
 ) -> None:
     params = tiny(**{"model.num_classes": 10, "train.label_dropout": dropout})
     save_model(tmp_path / "m.safetensors", UNet(params.model).state_dict(), trained(params), {})
-    assert is_guidable(read_card(tmp_path / "m.safetensors")) == guidable
+    assert load_model(tmp_path / "m.safetensors")[1].guidable == guidable
 
 
 @pytest.mark.parametrize("damage", ["no weights", "no card", "cut weights", "other weights", "no JSON", "old card"])

@@ -7,11 +7,6 @@ from typing import Any
 from diffusion.errors import UserError
 
 
-def is_guidable(card: dict[str, Any]) -> bool:
-    """Whether the network of the card was also trained without classes, as guidance asks it."""
-    return bool(card["config"]["train"]["label_dropout"] > 0)
-
-
 def read_card(path: Path) -> dict[str, Any]:
     """The JSON card of a model file: config, step, data digest, run id, ..."""
     try:

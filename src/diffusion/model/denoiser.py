@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffusion.errors import UserError
 from diffusion.model.parameterization import PARAMETERIZATIONS
 from diffusion.model.process import signal_and_noise
 from diffusion.model.schedules import NoiseSchedule
@@ -27,6 +28,7 @@ class Denoiser:
 
     labels: Tensor | None = None  # int (B,); None or -1 = of no class
     guidance = 1.0  # 1 = none
+    guidable = True  # the network was also trained without classes
 
     def __init__(
         self,
@@ -52,7 +54,13 @@ class Denoiser:
         return other
 
     def of(self, labels: Tensor | None, guidance: float = 1.0) -> "Denoiser":
-        """The same for a batch with these labels (B,), drawn away from images of no class by `guidance`."""
+        """The same for a batch with these labels (B,), drawn away from images of no class by `guidance`.
+
+        Raises:
+            UserError: the network does not know images of no class.
+        """
+        if guidance != 1.0 and not self.guidable:
+            raise UserError("the model was never trained without a class: set sample.guidance: 1.0")
         other = copy.copy(self)
         other.labels, other.guidance = labels, guidance
         return other

@@ -13,21 +13,24 @@ from typing import Any
 
 import click
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from diffusion import paths
 from diffusion.atomic import replacing, write_json
-from diffusion.config import DiffusionConfig, ModelConfig, TrainedConfig, trained
+from diffusion.config import DiffusionConfig, ImportedConfig, ModelConfig, TrainedConfig
 from diffusion.errors import UserError
 from diffusion.model.diffusers_layers import joined, layers, split
 from diffusion.model.model_file import load_model, save_model
 from diffusion.model.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.model.unet import UNet
-from diffusion.params_file import Kind, checked, load
+from diffusion.params_file import Kind, checked
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NO_CLASS = "_last_class_is_none"  # in config.json if an embedding stands for no class: whether it was trained
+CLASSES = "class_embedding.weight"
 UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their defaults differ in part
     "center_input_sample": False,
     "time_embedding_type": "positional",
@@ -69,13 +72,15 @@ DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
 }
 
 
-def write_pipeline(net: UNet, config: TrainedConfig, folder: Path) -> None:
+def write_pipeline(net: UNet, config: TrainedConfig | ImportedConfig, folder: Path) -> None:
     """Write `folder` as a diffusers DDPMPipeline: model_index.json, unet/ and scheduler/.
 
     Raises:
         UserError: the network, or what it predicts, has no counterpart there.
     """
     unet, scheduler = unet_config(config.model), scheduler_config(config.diffusion)
+    if config.model.num_classes:
+        unet[NO_CLASS] = config.guidable
     state = net.state_dict()
     weights = {theirs: part for ours, theirs in layers(net) for theirs, part in split(ours, theirs, state)}
     for name, content in (("unet", unet), ("scheduler", scheduler)):
@@ -92,8 +97,10 @@ def write_pipeline(net: UNet, config: TrainedConfig, folder: Path) -> None:
     write_json(folder / "model_index.json", index)
 
 
-def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:
-    """The network and the diffusion section of a diffusers pipeline folder, or of its unet folder alone.
+def read_pipeline(folder: Path) -> tuple[UNet, ImportedConfig]:
+    """The network of a diffusers pipeline folder, and what is known of it.
+
+    All classes of a foreign network are classes here; to be of none then adds nothing, and was never trained.
 
     Raises:
         UserError: a file is missing or damaged, or the network is of another kind.
@@ -106,6 +113,8 @@ def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not a diffusers pipeline with safetensors ({error})") from None
     net = UNet(model_config(unet))
+    if NO_CLASS not in unet and CLASSES in found:
+        found[CLASSES] = torch.nn.functional.pad(found[CLASSES], (0, 0, 0, 1))
     try:
         net.load_state_dict({ours: joined(ours, theirs, found) for ours, theirs in layers(net)})
     except (KeyError, RuntimeError) as error:
@@ -114,10 +123,9 @@ def read_pipeline(folder: Path) -> tuple[UNet, DiffusionConfig]:
         ) from None
     if found:
         raise UserError(f"{place / WEIGHTS} has {min(found)}, of which its config.json knows nothing")
-    return net.eval().requires_grad_(False), diffusion_config(scheduler)
-
-
-# --- configs
+    diffusion, guidable = diffusion_config(scheduler), unet.get(NO_CLASS) is True
+    known = ImportedConfig(diffusion=diffusion, model=net.config, guidable=guidable)
+    return net.eval().requires_grad_(False), known
 
 
 def unet_config(model: ModelConfig) -> dict[str, Any]:
@@ -183,7 +191,7 @@ def model_config(unet: dict[str, Any]) -> ModelConfig:
         "downsample": "same" if unet["downsample_padding"] == 0 else "symmetric",
         "norm_groups": unet["norm_num_groups"],
         "dropout": unet["dropout"],
-        "num_classes": classes - 1 if isinstance(classes, int) else classes,
+        "num_classes": classes - 1 if NO_CLASS in unet and isinstance(classes, int) else classes,
         "augment": 0.0,
     }
     return _checked("config.json", ModelConfig, values)
@@ -276,9 +284,8 @@ def _write(folder: Path) -> str:
 
 
 def _read(folder: Path) -> str:
-    net, diffusion = read_pipeline(folder)
-    config = trained(load(paths.PARAMS)).model_copy(update={"model": net.config, "diffusion": diffusion})
-    digest = sha256((folder / "unet" / WEIGHTS if (folder / "unet").is_dir() else folder / WEIGHTS).read_bytes())
+    net, known = read_pipeline(folder)
+    digest = sha256(((folder / "unet" if (folder / "unet").is_dir() else folder) / WEIGHTS).read_bytes())
     about = {
         "weights": "imported",
         "step": 0,
@@ -287,5 +294,6 @@ def _read(folder: Path) -> str:
         "fingerprint": f"imported-{digest.hexdigest()[:16]}",  # else all imports would share one MLflow run
         "run_id": None,
     }
-    save_model(paths.MODEL, net.state_dict(), config, about)
+    save_model(paths.MODEL, net.state_dict(), known, about)
+    diffusion = known.diffusion
     return f"{paths.MODEL}: {diffusion.schedule} schedule, {diffusion.prediction} prediction; then: dvc repro -s sample"

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from diffusion.atomic import replacing, write_json
-from diffusion.config import SampleConfig, TrainedConfig, trained_from_dict
+from diffusion.config import ImportedConfig, SampleConfig, TrainedConfig, trained_from_dict
 from diffusion.errors import UserError
 from diffusion.model.card import card_path, read_card
 from diffusion.model.denoiser import Denoiser
@@ -17,14 +17,16 @@ from diffusion.model.unet import UNet
 from diffusion.runtime import resolve_precision, use_fast_kernels
 
 
-def save_model(path: Path, weights: dict[str, torch.Tensor], config: TrainedConfig, about: dict[str, Any]) -> None:
+def save_model(
+    path: Path, weights: dict[str, torch.Tensor], config: TrainedConfig | ImportedConfig, about: dict[str, Any]
+) -> None:
     """Write `path` (safetensors) and its card (same name, .json): {"config": ..., **about}; each whole or not."""
     with replacing(path) as file:  # save_file would say that a disk is full in words of its own
         file.write(save({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}))
     write_json(card_path(path), {"config": config.model_dump(mode="json"), **about})
 
 
-def load_model(path: Path | str) -> tuple[UNet, TrainedConfig]:
+def load_model(path: Path | str) -> tuple[UNet, TrainedConfig | ImportedConfig]:
     """The network, in eval mode on the CPU, and its config.
 
     Raises:
@@ -51,10 +53,12 @@ def load_denoiser(path: Path | str, config: SampleConfig, device: torch.device) 
     """
     use_fast_kernels(device)
     net, trained = load_model(path)
-    return Denoiser(
+    denoiser = Denoiser(
         net.to(device),
         configured_schedule(trained.diffusion).to(device),
         trained.diffusion.prediction,
         dtype=resolve_precision(config.precision, device),
         clip_x0=config.clip_x0,
     )
+    denoiser.guidable = trained.guidable
+    return denoiser

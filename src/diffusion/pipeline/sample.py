@@ -28,7 +28,7 @@ from diffusion.data import grids
 from diffusion.data.npz import read_npz
 from diffusion.distributed import World, joined
 from diffusion.locks import enter_exclusive, only_process
-from diffusion.model.card import is_guidable, read_card
+from diffusion.model.card import read_card
 from diffusion.model.denoiser import Denoiser
 from diffusion.model.model_file import load_denoiser
 from diffusion.rules import doubtful
@@ -238,7 +238,7 @@ def _missing(config: SampleConfig, partial: PartialSamples, size: int) -> list[r
 
 def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity: str, device: torch.device) -> None:
     """The pictures, and last the card, which says that all is there."""
-    _write_pictures(params, denoiser, is_guidable(card), device)
+    _write_pictures(params, denoiser, device)
     config = params.sample
     keys = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance")
     about = {
@@ -256,7 +256,7 @@ def _describe(params: Params, denoiser: Denoiser, card: dict[str, Any], identity
     write_json(paths.SAMPLES_CARD, about)
 
 
-def _write_pictures(params: Params, denoiser: Denoiser, guidable: bool, device: torch.device) -> None:
+def _write_pictures(params: Params, denoiser: Denoiser, device: torch.device) -> None:
     """The grid and the strip; of a network that knows classes also rows of them, and guidances."""
     config, images = params.sample, _images()
     grids.save_png(grids.grid(images[:GRID_IMAGES], columns=8, scale=grids.zoom(images)), paths.SAMPLES / "grid.png")
@@ -266,7 +266,7 @@ def _write_pictures(params: Params, denoiser: Denoiser, guidable: bool, device: 
     labels = generation.labels_of(config, denoiser.num_classes, range(config.num_images))
     if labels is not None:
         _write_classes(images, labels)
-        if guidable:
+        if denoiser.guidable:
             _write_guidances(params, denoiser, device, grids.zoom(images))
 
 

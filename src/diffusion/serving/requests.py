@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffusion.config import SampleConfig, Seed
 from diffusion.data import grids
 from diffusion.errors import UserError, brief
-from diffusion.model.card import is_guidable, read_card
 from diffusion.model.model_file import load_denoiser
 from diffusion.runtime import resolve_device
 from diffusion.sampling import generation
@@ -64,7 +63,6 @@ class Generator:
             UserError: a file is missing, damaged, or does not fit the card; or the device is not on this machine.
         """
         self._device = resolve_device(sample.device)
-        self._guidable = is_guidable(read_card(weights))
         self._denoiser = load_denoiser(weights, sample, self._device)
         self._sample, self._turn = sample, threading.Lock()
 
@@ -77,7 +75,7 @@ class Generator:
         num_classes, guided = self._denoiser.num_classes, request.guidance not in (None, 1.0)
         if num_classes is None and (request.labels is not None or guided):
             raise UserError("this model knows no classes: leave out labels and guidance")
-        if guided and not self._guidable:
+        if guided and not self._denoiser.guidable:
             raise UserError("this model was never trained without a class, so it cannot be guided: leave out guidance")
         if request.labels and max(request.labels) >= (num_classes or 0):
             raise UserError(f"labels must be classes from 0 to {(num_classes or 0) - 1}")
