@@ -109,6 +109,9 @@ def test_a_promotion_by_hand_stays_when_a_score_is_sent_again(client: Any, add: 
     assert holder(client, "champion") == "2"
 
 
+ROUNDS = {f"round_{at}": 30.0 for at in range(1, 20)}  # a metric for each interruption
+
+
 class Interrupted:
     """A client that does something else before its call number `at`, once."""
 
@@ -127,10 +130,10 @@ class Interrupted:
 
 def test_of_two_evaluations_at_once_the_better_is_champion(client: Any, add: Register) -> None:
     """That of version 3 happens between any two calls of that of version 2."""
-    for seed in (1, 2, 3):
-        add(seed)
+    add(1, **ROUNDS)
+    add(2)
+    add(3)
     for at in itertools.count(1):
-        add(1, **{f"round_{at}": 30.0})
         client.set_registered_model_alias("faces", "champion", "1")
         through = Interrupted(client, at, partial(add, 3, **{f"round_{at}": 10.0}))
         add(2, **{f"round_{at}": 20.0}, through=through)
@@ -141,10 +144,9 @@ def test_of_two_evaluations_at_once_the_better_is_champion(client: Any, add: Reg
 
 
 def test_what_a_kill_left_undone_is_done_when_it_is_sent_again(client: Any, add: Register) -> None:
-    add(1)
+    add(1, **ROUNDS)
     add(2)
     for at in itertools.count(1):
-        add(1, **{f"round_{at}": 30.0})
         client.set_registered_model_alias("faces", "champion", "1")
         through = Interrupted(client, at, lambda: sys.exit(9))
         with contextlib.suppress(SystemExit):
