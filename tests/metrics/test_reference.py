@@ -45,7 +45,7 @@ def test_moments_of_shares_are_those_of_one_process(size: int) -> None:
         shares.append(share)
     assert sum(share.count for share in shares) == 45
     for other in shares[1:]:
-        shares[0].merge(other)
+        shares[0].merge_state(other)
     np.testing.assert_allclose(shares[0].mean, whole.mean, rtol=1e-10, atol=1e-12)
     assert np.abs(shares[0].cov - whole.cov).max() <= 1e-10 * np.abs(whole.cov).max()
 

@@ -1,9 +1,9 @@
 """From images to features: batches through an extractor, shared by processes, with their moments and some kept rows."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from tqdm import tqdm
 from diffusion.data.dataset import releases
 from diffusion.data.pixels import rgb
 from diffusion.distributed import SINGLE_PROCESS, World
-from diffusion.metrics import Moments
 from diffusion.metrics.features import Extractor
+
+if TYPE_CHECKING:
+    from diffusion.metrics.moments import Moments
 
 
 class Images(Protocol):
@@ -30,8 +32,8 @@ class Images(Protocol):
 class Extracted:
     """What is left of the features of N images."""
 
-    moments: Moments  # of all
-    blocks: list[Moments]  # of equal blocks of them in order, without what remains of N
+    moments: "Moments"  # of all
+    blocks: list["Moments"]  # of equal blocks of them in order, without what remains of N
     kept: Tensor  # float32 (n, d): the features of the first n
 
 
@@ -54,12 +56,18 @@ def features_of(
     Raises:
         UserError: a feature is not finite.
     """
+    from diffusion.metrics.moments import Moments
+
     extractor.to(device)
-    parts = world.gather(
-        world.together(lambda: _share(images, extractor, batch_size, device, what, world, keep, blocks))
-    )
-    merged: Extracted = world.broadcast(parts and _merged(parts, extractor.dim, blocks))
-    return merged
+    found, kept = world.together(lambda: _share(images, extractor, batch_size, device, what, world, keep, blocks))
+    total = Moments(extractor.dim)
+    for block in found:
+        block.sync(should_sync=world.size > 1)
+        total.merge_state(block)
+    if world.size > 1:
+        parts = world.gather(kept)
+        kept = world.broadcast(parts and np.concatenate(parts))
+    return Extracted(total, found[:blocks], torch.from_numpy(kept))
 
 
 def moments_of(
@@ -69,7 +77,7 @@ def moments_of(
     device: torch.device,
     what: str,
     world: World = SINGLE_PROCESS,
-) -> Moments:
+) -> "Moments":
     """Moments alone, of `features_of`."""
     return features_of(images, extractor, batch_size, device, what, world).moments
 
@@ -103,8 +111,10 @@ def _share(
     world: World,
     keep: int = 0,
     blocks: int = 1,
-) -> tuple[list[Moments], np.ndarray]:
+) -> tuple[list["Moments"], np.ndarray]:
     """Of this rank's share of the batches: moments of each block and of what remains, and the rows to keep."""
+    from diffusion.metrics.moments import Moments
+
     found = [Moments(extractor.dim) for _ in range(blocks + 1)]
     todo, release = batches(len(images), batch_size, blocks), released(images)
     mine = [todo[k] for k in world.share(len(todo))]
@@ -125,16 +135,3 @@ def _share(
                 release()
             bar.update(len(rows))
     return found, kept
-
-
-def _merged(parts: Sequence[tuple[list[Moments], np.ndarray]], dim: int, blocks: int) -> Extracted:
-    """All ranks' shares as one."""
-    found, total = [Moments(dim) for _ in range(blocks + 1)], Moments(dim)
-    for moments, _ in parts:
-        for mine, theirs in zip(found, moments, strict=True):
-            mine.merge(theirs)
-    for mine in found:
-        total.merge(mine)
-    kept = [kept for _, kept in parts]
-    whole = kept[0] if len(kept) == 1 else np.concatenate(kept)
-    return Extracted(total, found[:blocks], torch.from_numpy(whole))

@@ -1,9 +1,8 @@
-"""The Frechet distance between Gaussians: streaming float64 moments, the distance, its value for infinite samples."""
+"""The Frechet distance between Gaussians, and its value for infinite samples."""
 
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.rules import INFINITY_ROWS
@@ -16,62 +15,6 @@ class Gaussian(Protocol):
     def mean(self) -> np.ndarray: ...
     @property
     def cov(self) -> np.ndarray: ...
-
-
-class Moments:
-    """Mean and covariance of rows that arrive in batches, in float64 and constant memory.
-
-    Batches are merged about their own means (Chan, Golub & LeVeque 1983, eqs. 2.1), so that a large offset costs no
-    digits; `merge` adds what another process has seen.
-    """
-
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean = np.zeros(dim)
-        self._scatter = np.zeros((dim, dim))  # sum of outer products about the mean
-
-    @property
-    def cov(self) -> np.ndarray:
-        """Unbiased covariance, float64 (d, d).
-
-        Raises:
-            UserError: fewer than two rows were seen.
-        """
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
-        return self._scatter / (self.count - 1)
-
-    def update(self, features: Tensor | np.ndarray) -> None:
-        """Take rows (N, d).
-
-        Raises:
-            UserError: another width, or a value that is not finite.
-        """
-        rows = np.asarray(features.cpu() if isinstance(features, Tensor) else features, dtype=np.float64)
-        if rows.ndim != 2 or rows.shape[1] != len(self.mean):
-            raise UserError(f"features of shape {rows.shape}, expected (N, {len(self.mean)})")
-        if not np.isfinite(rows).all():
-            raise UserError("features hold NaN or infinity: the images or the extractor's weights are damaged")
-        if len(rows):
-            mean = rows.mean(axis=0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
-
-    def merge(self, other: "Moments") -> None:
-        """Take all that `other` has seen."""
-        if other.count:
-            self._add(other.count, other.mean, other._scatter)
-
-    def distance(self, other: Gaussian) -> float:
-        """Frechet distance to `other`; raises UserError as `frechet_distance` and `cov` do."""
-        return frechet_distance(self.mean, self.cov, other.mean, other.cov)
-
-    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self._scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
 
 
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:

@@ -16,7 +16,6 @@ from diffusion.config import EvaluateConfig, Params
 from diffusion.data.image_sets import load_samples
 from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
-from diffusion.metrics import Moments
 from diffusion.metrics.extraction import Extracted, features_of
 from diffusion.metrics.extractors import for_samples, kept_images, reference_images
 from diffusion.metrics.features import Extractor, Inception
@@ -132,9 +131,9 @@ class Measures:
     def frechet(self, found: Extracted) -> Iterator[Measured]:
         """The distance over all samples; of `evaluate.repeats` equal blocks mean, standard deviation and minimum."""
         count, blocks, details = found.moments.count, found.blocks, {}
-        numbers = {self._name("frechet", count): self._distance(found.moments)}
+        numbers = {self._name("frechet", count): found.moments.distance(self.reference)}
         if len(blocks) > 1:
-            values = [self._distance(block) for block in blocks]
+            values = [block.distance(self.reference) for block in blocks]
             name = self._name("frechet", blocks[0].count, blocks=len(blocks))
             spread = {"mean": np.mean(values), "std": np.std(values, ddof=1), "min": np.min(values)}
             numbers |= {f"{name}_{key}": float(value) for key, value in spread.items()}
@@ -175,9 +174,6 @@ class Measures:
             "pairs": pairs,  # [sample, training image, distance]
         }
         yield Measured("copies", {self._name("copies", len(found.kept)): of.share}, len(found.kept), details)
-
-    def _distance(self, moments: Moments) -> float:
-        return moments.distance(self.reference)
 
     def _features(self) -> Tensor:
         if self.reference.features is None:

@@ -25,7 +25,7 @@ from diffusion.data.download.inception_weights import INCEPTION_SHA256 as PUBLIS
 from diffusion.errors import UserError
 from diffusion.metrics.compare import compared
 from diffusion.metrics.features import INCEPTION_SIZE, Inception, resize_as_tensorflow1
-from diffusion.metrics.frechet import Moments, frechet_distance
+from diffusion.metrics.frechet import frechet_distance
 
 GOLDEN: float | None = None  # fid10k_train of cifar10:test against cifar10:train; not measured yet
 FEATURES = 1e-4  # most that a feature may differ from torch-fidelity's
@@ -83,6 +83,8 @@ def inception(weights: Path, batch: Tensor) -> Iterator[Check]:
 
 def _fid(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Check:
     """Distances of images from the same ones with noise, each by its own features and formula."""
+    from diffusion.metrics.moments import Moments
+
     moments = [Moments(rows.shape[1]) for rows in ours]
     for one, rows in zip(moments, ours, strict=True):
         one.update(rows)

@@ -5,7 +5,6 @@ values are no results to quote.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from diffusion.config import SampleConfig, TrainConfig, TrainedConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.metrics import Moments
 from diffusion.metrics.extraction import features_of_batch
 from diffusion.metrics.extractors import AGAIN
 from diffusion.metrics.features import EfficientNetLite0
@@ -37,14 +35,17 @@ class Scorer:
         self._reference: Reference | None = None
 
     def __call__(self, trainer: Trainer) -> float:
+        from diffusion.metrics.moments import Moments
+
         world, count = trainer.world, self.config.evaluate_images
         config = preview_config(self.config, count, min(count, generation.CPU_BATCH))
         found, mine, denoiser = Moments(self.extractor.dim), world.share(count), trainer.denoiser()
         for batch in generation.generate(denoiser, config, trainer.config.seed, mine, self.device) if mine else ():
             for part in batch.split(BATCH):
                 found.update(features_of_batch(part.numpy(), self.extractor, self.device))
-        parts = world.gather(found)
-        return float(world.broadcast(world.together(lambda: self._distance(parts) if parts else 0.0)))
+        found.sync(should_sync=world.size > 1)
+        value = world.together(lambda: found.distance(self.reference()) if world.is_main else 0.0)
+        return float(world.broadcast(value))
 
     def reference(self) -> Reference:
         """Of the training images; computed when it is first asked for, then read from the training's folder.
@@ -63,13 +64,6 @@ class Scorer:
                 self._reference = make_reference(self.images, "training", self.extractor, BATCH, self.device)
                 self._reference.save(path)
         return self._reference
-
-    def _distance(self, parts: Sequence[Moments]) -> float:
-        """Of all ranks' samples."""
-        total = Moments(self.extractor.dim)
-        for part in parts:
-            total.merge(part)
-        return total.distance(self.reference())
 
 
 def preview_config(config: TrainConfig, images: int | None = None, batch_size: int | None = None) -> SampleConfig:

@@ -9,7 +9,6 @@ import torch
 
 from diffusion import paths
 from diffusion.config import Params
-from diffusion.metrics import Moments
 from diffusion.metrics.extraction import features_of_batch
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
@@ -74,6 +73,8 @@ def score(
 
     So few images bias the distance upwards, in all trials alike: it ranks them and is not a result to quote.
     """
+    from diffusion.metrics.moments import Moments
+
     extractor.to(device)
     moments = Moments(extractor.dim)
     for batch in images.split(params.evaluate.batch_size):
