@@ -97,13 +97,6 @@ def test_kid_is_the_definition_and_has_no_bias() -> None:
     assert abs(np.mean(values)) < 3 * np.std(values) / math.sqrt(len(values))
 
 
-def test_kid_of_subsets_spreads_about_the_whole() -> None:
-    a, b = rows(400), rows(300, seed=1, shift=0.5)
-    found = kid(a, b)
-    assert (found["std"] > 0, found["subset_size"]) == (True, 150)
-    assert found["mean"] == pytest.approx(float(poly_mmd(a[:300].double(), b.double())), rel=0.1)
-
-
 def test_precision_and_recall_by_brute_force() -> None:
     made, real = rows(40, 3), rows(50, 3, seed=1, shift=0.7)
 
@@ -165,15 +158,15 @@ def test_fresh_samples_are_copies_as_often_as_the_quantile_says() -> None:
 
 def test_the_distance_at_infinity_has_less_bias() -> None:
     """True distance of N(0, I) and N(m, I): |m|^2. Of the fewest rows allowed."""
-    dim, shift, errors, whole = 64, 0.5, [], []
+    dim, shift, errors, whole = 32, 0.5, [], []
     for seed in range(16):
         x = rows(INFINITY_ROWS * dim, dim, seed=seed, shift=shift).double().numpy()
         errors.append(frechet_at_infinity(x, np.zeros(dim), np.eye(dim), seed=seed) - dim * shift**2)
         finite = frechet_distance(x.mean(0), np.cov(x, rowvar=False), np.zeros(dim), np.eye(dim))
         whole.append(finite - dim * shift**2)
-    assert np.mean(whole) > 3
+    assert np.mean(whole) > 1
     assert abs(np.mean(errors)) < 0.15 * np.mean(whole)
-    with pytest.raises(UserError, match="at least 320 samples and has 319"):
+    with pytest.raises(UserError, match="at least 160 samples and has 159"):
         frechet_at_infinity(x[1:], np.zeros(dim), np.eye(dim))
 
 

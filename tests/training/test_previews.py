@@ -15,34 +15,20 @@ from diffusion.model.denoiser import Denoiser
 from diffusion.sampling import panels
 
 
-def test_a_training_killed_before_its_only_preview_can_still_finish(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    write_params(**{"train.preview_every": 100})
-    run_all("prepare")
-    with monkeypatch.context() as patch:
-        patch.setattr("diffusion.pipeline.train.write_previews", killed)
-        assert run("train").exit_code == 130
-    run_all("train")
-    assert {p.name for p in paths.PREVIEWS.iterdir()} == {"step_000008.png", "step_000008_denoising.png"}
-
-
+@pytest.mark.parametrize(("every", "steps"), [(100, [8]), (4, [4, 8])], ids=["its only one", "the first"])
 def test_a_training_killed_at_a_preview_draws_it_when_it_goes_on(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, every: int, steps: list[int]
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    write_params(**{"train.preview_every": 4, "train.checkpoint_every": 4})
+    write_params(**{"train.preview_every": every, "train.checkpoint_every": 4})
     run_all("prepare")
     with monkeypatch.context() as patch:
         patch.setattr("diffusion.pipeline.train.write_previews", killed)
         assert run("train").exit_code == 130
     run_all("train")
-    names = [f"step_{step:06d}{kind}.png" for step in (4, 8) for kind in ("", "_denoising")]
+    names = [f"step_{step:06d}{kind}.png" for step in steps for kind in ("", "_denoising")]
     assert sorted(p.name for p in paths.PREVIEWS.iterdir()) == sorted(names)
 
 

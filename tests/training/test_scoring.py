@@ -1,11 +1,11 @@
 """fd_lite0 during training: what it is the distance of, that it can pick the weights, that resuming changes nothing."""
 
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import SmallLite0
 from helpers.states import same
 from helpers.worlds import in_world
 
@@ -27,21 +27,9 @@ CPU = torch.device("cpu")
 ON = {"train.evaluate_every": 3, "train.evaluate_images": 7, "train.best_by": "fd_lite0"}
 
 
-class Colours(torch.nn.Module):
-    """Twelve features: channel means of the image's quarters."""
-
-    metric, dim = "fd_lite0", 12
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-
-    def describe(self) -> dict[str, str]:
-        return {"extractor": "colours"}
-
-
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "EfficientNetLite0", Colours)
+    monkeypatch.setattr(scoring, "EfficientNetLite0", SmallLite0)
 
 
 def trainer_in(folder: Path, config: TrainedConfig, data: Dataset, world: World | None = None) -> Trainer:
@@ -55,8 +43,8 @@ def test_it_is_the_distance_of_ema_samples_to_training_images(tiny, tiny_data: D
     found = trainer.evaluate()
     denoiser = Denoiser(trainer.ema.net, trainer.schedule, config.diffusion.prediction, clip_x0=True)
     batches = generate(denoiser, preview_config(config.train), config.seed, range(7), CPU)
-    made = moments_of(torch.cat([*batches]).numpy(), Colours(), 5, CPU, "made")
-    real = moments_of(tiny_data.images[:40].numpy(), Colours(), 5, CPU, "real")  # not the 12 for validation
+    made = moments_of(torch.cat([*batches]).numpy(), SmallLite0(), 5, CPU, "made")
+    real = moments_of(tiny_data.images[:40].numpy(), SmallLite0(), 5, CPU, "real")  # not the 12 for validation
     assert found == pytest.approx(frechet_distance(made.mean, made.cov, real.mean, real.cov), rel=1e-5)
 
 
@@ -97,7 +85,7 @@ def test_a_reference_that_does_not_serve_is_made_anew(
     if damage == "torn":
         file.write_bytes(file.read_bytes()[:1000])
     else:
-        monkeypatch.setattr(Colours, "describe", lambda self: {"extractor": "colours", "implementation": "2"})
+        monkeypatch.setattr(SmallLite0, "describe", lambda self: {"extractor": "colours", "implementation": "2"})
     again = Scorer(config, tiny_data, tmp_path, CPU).reference()
     np.testing.assert_array_equal(again.cov, expected.cov)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "made anew" in line)
@@ -105,26 +93,11 @@ def test_a_reference_that_does_not_serve_is_made_anew(
     assert Reference.load(file, Scorer(config, tiny_data, tmp_path, CPU).extractor.describe()).key == again.key
 
 
-def test_a_reference_is_written_whole_or_not_at_all(
-    tiny, tiny_data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stopped(file: BinaryIO, **_: object) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    scorer = Scorer(trained(tiny(**ON)), tiny_data, tmp_path, CPU)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            scorer.reference()
-    assert list(tmp_path.iterdir()) == []
-
-
 def unwritable(world: World, device: torch.device, config: TrainedConfig, data: Dataset, folder: Path) -> str:
     def full(self: object, path: Path) -> None:
         raise UserError("no place")
 
-    scoring.EfficientNetLite0, scoring.Reference.save = Colours, full  # type: ignore[assignment,misc,method-assign]
+    scoring.EfficientNetLite0, scoring.Reference.save = SmallLite0, full  # type: ignore[assignment,misc,method-assign]
     try:
         trainer_in(folder, config, data, world).evaluate()
     except (UserError, SystemExit) as error:
@@ -169,7 +142,7 @@ def test_the_kept_weights_are_the_best_by_what_is_asked(
 
 
 def scores(world: World, device: torch.device, config: TrainedConfig, data: Dataset, folder: Path) -> list[float]:
-    scoring.EfficientNetLite0 = Colours  # type: ignore[assignment,misc]
+    scoring.EfficientNetLite0 = SmallLite0  # type: ignore[assignment,misc]
     trainer = trainer_in(folder, config, data, world)
     for _ in train(trainer):
         pass
