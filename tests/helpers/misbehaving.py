@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
         """A correct answer's headers, and its first `only` bytes."""
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(match[1]) if match and honour_range else 0
-        if start >= len(content):
+        if start and start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "4")
@@ -93,6 +93,22 @@ def drip(handler: Handler) -> None:
 
 def ignores_range(handler: Handler) -> None:
     handler.body(honour_range=False)
+
+
+def piece(start: int, stop: int) -> Mode:
+    """These bytes of the file to every question for a range."""
+
+    def answer(handler: Handler) -> None:
+        if "Range" not in handler.headers:
+            handler.body()
+            return
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(CONTENT)}")
+        handler.send_header("Content-Length", str(stop - start))
+        handler.end_headers()
+        handler.wfile.write(CONTENT[start:stop])
+
+    return answer
 
 
 def refuses_range(code: int) -> Mode:

@@ -87,7 +87,7 @@ def test_experiments_may_have_names_that_models_may_not(client: Any) -> None:
         assert not client.search_model_versions(f"name = '{name}' and tags.identity = 'x'")
 
 
-def test_the_logged_model_draws_what_the_library_draws(
+def test_the_logged_model_generates_what_the_library_does(
     client: Any, add: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loaded by MLflow, which finds code, weights and settings in the copy that is served."""
@@ -101,13 +101,13 @@ def test_the_logged_model_draws_what_the_library_draws(
     model = mlflow.pyfunc.load_model(str(there))
     answer = model.predict({"num_images": 7, "seed": 3, "format": "raw"})
     denoiser = load_denoiser(tmp_path / "model 1/model.safetensors", params.sample, torch.device("cpu"))
-    drawn = [*generation.generate(denoiser, params.sample, 3, range(7), torch.device("cpu"))]
-    np.testing.assert_array_equal(np.array(answer["images"]), torch.cat(drawn).numpy())
+    expected = [*generation.generate(denoiser, params.sample, 3, range(7), torch.device("cpu"))]
+    np.testing.assert_array_equal(np.array(answer["images"]), torch.cat(expected).numpy())
     assert not [p for p in there.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     assert model.metadata.signature.inputs.input_names() == ["num_images", "seed", "format"]
 
 
-def test_a_model_that_was_sampled_on_another_device_draws_on_what_is_here(tmp_path: Path) -> None:
+def test_a_model_that_was_sampled_on_another_device_runs_on_what_is_here(tmp_path: Path) -> None:
     import mlflow.pyfunc
 
     params = params_of()
@@ -120,7 +120,7 @@ def test_a_model_that_was_sampled_on_another_device_draws_on_what_is_here(tmp_pa
 
 
 class TestThroughTheJournal:
-    def test_what_is_sent_later_has_the_code_that_drew(self, database: Path, tmp_path: Path) -> None:
+    def test_what_is_sent_later_has_the_code_that_generated(self, database: Path, tmp_path: Path) -> None:
         """Not that of the day on which the server is back."""
         params = params_of()
         weights = write_model(tmp_path / "models", params, seed=1)

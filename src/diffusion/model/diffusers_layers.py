@@ -56,7 +56,7 @@ def _block_modules(ours: str, theirs: str, number: int) -> Iterator[tuple[str, s
 
 
 def split(ours: str, theirs: str, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name there, tensor) of a parameter here: itself, or its three parts."""
+    """(name there, tensor) of a parameter here: itself, or q, k and v."""
     if ".qkv." not in theirs:
         yield theirs, state[ours]
         return

@@ -33,9 +33,9 @@ def described(
     experiment: str,
     weights: Path,
     card: Mapping[str, Any],
-    sample: Mapping[str, Any],  # the section that the images were drawn with
+    sample: Mapping[str, Any],  # the section that the images were generated with
     scores: list[dict[str, Any]],  # {"metric": its name, "value": lower is better, "of": what equal conditions share}
-    code: str | None,  # digest of the code that drew them; None in cards of older samples
+    code: str | None,  # digest of the code that generated them; None in cards of older samples
 ) -> dict[str, Any]:
     """What `register` has to know, in JSON types."""
     digest = _digest(weights)

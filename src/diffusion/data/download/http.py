@@ -1,4 +1,8 @@
-"""Download one file over HTTP: verified by digest, continued after an interruption, abandoned when slow or stuck."""
+"""Download one file over HTTP: verified by digest, continued after an interruption, abandoned when slow or stuck.
+
+It is our own because pooch and torch.hub begin anew after an interruption, huggingface_hub continues only files of its
+own hub, and none of them leaves a source that is slow.
+"""
 
 import hashlib
 import os
@@ -6,15 +10,14 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import requests
 import urllib3
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 
 _CHUNK = 1 << 20
@@ -60,7 +63,7 @@ def download(
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(target.parent):
+        with _exclusive_in(target.parent):
             if digests and target.is_file() and not _mismatch(target, digests):
                 return target
             if not digests:
@@ -74,18 +77,13 @@ def download(
     return target
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _exclusive_in(folder: Path) -> AcquireReturnProxy:
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         tqdm.write(f"waiting for another process that downloads into {folder}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def _fill_verified(url: str, part: Path, digests: Mapping[str, str], limits: Limits) -> None:
