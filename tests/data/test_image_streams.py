@@ -9,11 +9,17 @@ import torch
 from helpers.pictures import Colours, pictures
 
 from diffusion.data import grids
-from diffusion.data.image_sets import open_images
-from diffusion.data.image_streams import Stream
+from diffusion.data.npz import Stream
+from diffusion.data.pictures import Form
+from diffusion.data.sources import open_source
 from diffusion.errors import UserError
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.reference import pixels_sha256
+
+
+def open_images(name: str, count: int | None = None) -> np.ndarray | Stream:
+    """As compare opens them."""
+    return open_source(Path(name), Form(None, 3), labels=None, count=count).images
 
 
 def written(kind: str, place: Path, array: np.ndarray) -> str:
@@ -74,5 +80,5 @@ def test_other_compressed_files_are_one_line_or_read_whole(tmp_path: Path, damag
     elif damage == "flipped":
         content[1500] ^= 255
         Path(name).write_bytes(content)
-    with pytest.raises(UserError, match="from 0 to 1" if damage == "float" else "is not an npz file with images"):
+    with pytest.raises(UserError, match="from 0 to 1" if damage == "float" else "cannot be used"):
         open_images(name)

@@ -122,7 +122,15 @@ class World:
     def download(self, sources: tuple[Any, ...], path: Path | str | None = None, **changes: Any) -> dict[str, bytes]:
         """Run the stage's function; the files that it wrote."""
         source = changes.pop("source", "data/cifar10")
-        config = DataConfig(source=source, path=None if path is None else str(path), sources=sources, val_images=10)
+        config = DataConfig(
+            source=source,
+            path=None if path is None else str(path),
+            sources=sources,
+            fit="refuse",
+            labels="auto",
+            max_pixels=1,
+            val_images=10,
+        )
         settings: dict[str, Any] = {
             "urls": {
                 "mirrors": (f"{self.url}/missing.tar.gz", f"{self.url}/{cifar10.ARCHIVE}"),

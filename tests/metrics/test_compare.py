@@ -14,8 +14,9 @@ from helpers.project import REPO
 from PIL import Image
 
 from diffusion import paths
-from diffusion.data import grids, image_sets
+from diffusion.data import grids
 from diffusion.data.download.inception_weights import sha256
+from diffusion.metrics import compare as compare_module
 from diffusion.metrics import frechet_distance, selftest
 from diffusion.metrics.__main__ import main
 
@@ -58,6 +59,64 @@ def test_more_measures_of_fewer_images(place: Path) -> None:
     assert "kd_lite0_7 " in compare("made.npz", "real.npz", *options[:2], "--measure", "kid", "--keep", "7").stdout
 
 
+def test_few_images_are_warned_of(place: Path) -> None:
+    for count, warned in (("2", True), ("3", False)):
+        found = compare("made.npz", "real.npz", "--extractor", "lite0", "--count", count)
+        assert f"fd_lite0_{count} " in found.stdout
+        assert ("warning: 2 images are fewer than the 3 features" in found.stderr) == warned
+        assert ("--measure kid has no such bias" in found.stderr) == warned
+
+
+def saved_statistics(path: str, rows: np.ndarray, names: tuple[str, str] = ("mu", "sigma"), **more: np.ndarray) -> None:
+    np.savez(path, **{names[0]: rows.mean(0), names[1]: np.cov(rows, rowvar=False)}, **more)
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("mean", "cov")])
+def test_statistics_stand_for_images(place: Path, names: tuple[str, str]) -> None:
+    """As pytorch-fid and EDM save them; on either side, and on both."""
+    options = ["--extractor", "lite0", "--json"]
+    wanted = json.loads(compare("made.npz", "real.npz", *options).stdout.splitlines()[-1])["fd_lite0_12"]
+    saved_statistics("real-stats.npz", pictures(14).mean((1, 2)), names)
+    saved_statistics("made-stats.npz", pictures(12, 1).mean((1, 2)), names)
+    for pair in (("made", "real-stats.npz"), ("real-stats.npz", "made.npz")):
+        found = compare(*pair, *options)
+        result = json.loads(found.stdout.splitlines()[-1])
+        assert result["fd_lite0_12"] == pytest.approx(wanted, rel=1e-5)
+        assert result["about"][0]["reference"]["split"] == "statistics"
+        assert "real-stats.npz: statistics; the features are assumed to be of EfficientNet-Lite0" in found.stderr
+    assert "against the statistics in real-stats.npz" in compare("made.npz", "real-stats.npz", *options[:2]).stdout
+
+
+def test_two_files_of_statistics_need_no_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compare_module.DIMS, "inception", 3)
+    mine, other = pictures(14).mean((1, 2)), pictures(12, 1).mean((1, 2))
+    saved_statistics("a.npz", mine)
+    saved_statistics("b.npz", other)
+    result = json.loads(compare("a.npz", "b.npz", "--json").stdout)
+    wanted = frechet_distance(mine.mean(0), np.cov(mine, rowvar=False), other.mean(0), np.cov(other, rowvar=False))
+    assert result["fid_of_statistics"] == pytest.approx(wanted)
+    assert json.loads(compare("a.npz", "a.npz", "--json").stdout)["fid_of_statistics"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["made.npz", "stats.npz", "--extractor", "lite0", "--measure", "kid"], "--measure kid needs images"),
+        (
+            ["stats.npz", "stats.npz"],
+            "shapes (3,) and (3, 3), and the extractor has 2048 features: give",
+        ),
+        (["made.npz", "nan.npz", "--extractor", "lite0"], "moments hold NaN"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_one_line(place: Path, arguments: list[str], words: str) -> None:
+    saved_statistics("stats.npz", pictures(14).mean((1, 2)))
+    saved_statistics("nan.npz", np.full((14, 3), np.nan))
+    found = compare(*arguments)
+    assert found.exit_code == 2
+    assert words in found.stderr
+
+
 def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger's train.npz, and a folder without a name."""
     np.savez("train.npz", images=pictures(4))
@@ -68,17 +127,16 @@ def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.Monk
     assert "kid4_real " in found
     assert "against 4 images of .; " in found
     assert f"numpy {np.__version__}" in found
-    monkeypatch.setitem(image_sets.NAMED, "cifar10:train", place / "train.npz")
+    monkeypatch.setitem(compare_module.NAMED, "cifar10:train", place / "train.npz")
     assert "kid4_train " in compare("../../made.npz", "cifar10:train", *options).stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["none.npz", "real.npz"], "none.npz is missing: give cifar10:train, cifar10:test"),
+        (["none.npz", "real.npz"], "none.npz is not there: give a folder or zip of pictures"),
         (["cifar10:test", "real.npz"], "run `dvc repro download`"),
         (["small.npz", "real.npz"], "bring them to one size"),
-        (["grey.npz", "real.npz"], "bring them to one number of channels"),
         (["none-high.npz", "none-high.npz"], "none-high.npz holds uint8 (5, 0, 32, 3), not two or more uint8 images"),
         (["made.npz", "cifar10:test", "--measure", "copies"], "copies are looked for among training images"),
         (["made.npz", "real.npz", "--measure", "kid", "--count", "3"], "at least 4 samples and 4 real images"),
@@ -87,8 +145,8 @@ def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.Monk
         (["mixed", "real.npz"], "bring all to one size"),
         (["empty", "real.npz"], "no pictures"),
         (["broken", "real.npz"], "damaged"),
-        (["float", "real.npz"], "a.tiff has pixels of mode F, not 8 bits a channel"),
-        (["deep", "real.npz"], "a.png has pixels of mode I;16, not 8 bits a channel"),
+        (["float", "real.npz"], "a.tiff does not have 8 bits a channel, grey or RGB (mode F)"),
+        (["deep", "real.npz"], "a.png does not have 8 bits a channel, grey or RGB (mode I;16)"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "empty"], "--weights empty: no such file"),
         (["made.npz", "real.npz", "--extractor", "inception", "--weights", "no.pth"], "no such file"),
         (["made.npz", "made.npz", "--measure", "infinity"], "at least 15 samples"),
@@ -97,7 +155,6 @@ def test_a_file_is_never_taken_for_cifar10(place: Path, monkeypatch: pytest.Monk
 )
 def test_a_mistake_is_one_line(place: Path, arguments: list[str], words: str) -> None:
     np.savez("small.npz", images=pictures(12)[:, ::2, ::2])
-    np.savez("grey.npz", images=pictures(12)[..., :1])
     np.savez("none-high.npz", images=np.empty((5, 0, 32, 3), np.uint8))
     np.savez("float.npz", images=np.linspace(0, 1, 12 * 8 * 8 * 3).reshape(12, 8, 8, 3))
     np.savez("nan.npz", images=np.full((12, 8, 8, 3), np.nan))

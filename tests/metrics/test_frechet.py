@@ -197,3 +197,12 @@ def test_the_whole_distance_is_torchmetrics() -> None:
     expected = float(theirs.compute())
     assert expected > 1
     assert frechet_distance(ours[0].mean, ours[0].cov, ours[1].mean, ours[1].cov) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_equal_gaussians_are_no_distance_apart(scale: float) -> None:
+    """Without the bound of rounding, values such as -7e-15 and 1.4e-14."""
+    rows = np.random.default_rng(0).normal(size=(20, 64)) * scale
+    mean, cov = rows.mean(0), np.cov(rows, rowvar=False)
+    assert frechet_distance(mean, cov, mean, cov) == 0.0
+    assert frechet_distance(mean, cov, mean + 1e-3 * scale, cov) == pytest.approx(64e-6 * scale**2)

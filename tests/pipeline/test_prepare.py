@@ -10,16 +10,16 @@ import torch
 from PIL import Image
 
 from diffusion import paths
-from diffusion.data import sources
 from diffusion.data.dataset import Dataset, real_images, split
 from diffusion.errors import UserError
+from diffusion.pipeline import prepare as stage
 from diffusion.pipeline.prepare import prepare
 
 
 def test_arrays_split_and_card_are_those_of_the_downloaded_images(
     tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK", 7)
+    monkeypatch.setattr(stage, "CHUNK", 7)
     prepare(tiny())
     with np.load(paths.CIFAR10_TRAIN) as archive:
         images, labels = archive["images"], archive["labels"]
@@ -68,7 +68,7 @@ def test_another_source_replaces_all_of_the_first(tiny, workspace: Path) -> None
 def test_a_source_that_breaks_half_way_leaves_no_half_of_an_array(
     tiny, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK", 5)
+    monkeypatch.setattr(stage, "CHUNK", 5)
     Path("own").mkdir()
     for i in range(30):
         Image.new("RGB", (32, 32), (i, i, i)).save(f"own/{i:02d}.png")
@@ -79,7 +79,17 @@ def test_a_source_that_breaks_half_way_leaves_no_half_of_an_array(
     assert not paths.SPLIT.exists()
 
 
-def test_too_few_images_are_refused_before_anything_is_written(tiny, workspace: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.val_images = 55"):
-        prepare(tiny(**{"data.val_images": 55}))
-    assert not paths.IMAGES.exists()
+def test_what_cannot_be_split_or_does_not_fit_is_refused_before_anything_is_written(tiny, workspace: Path) -> None:
+    images = np.zeros((4, 24, 24, 1), np.uint8)
+    np.savez("grey.npz", images=images)
+    np.savez("wide.npz", images=images.repeat(2, axis=2))
+    for overrides, words in (
+        ({"data.val_images": 60}, r"data\.val_images = 60 cannot be split from 60 images.*: set it from 1 to 59"),
+        ({"data.val_images": 55, "model.num_classes": 10}, "each of 10 classes keeps one .*: set it from 1 to 50"),
+        ({"data.source": "grey.npz"}, r"set model\.image_size: 24 and model\.image_channels: 1"),
+        ({"data.source": "wide.npz"}, "crop them to squares"),
+        ({"model.num_classes": 9}, r"10 classes: set model\.num_classes: 10"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(tiny(**overrides))
+        assert not paths.IMAGES.exists()

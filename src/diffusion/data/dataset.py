@@ -39,15 +39,18 @@ def split(labels: np.ndarray, val_images: int) -> tuple[np.ndarray, np.ndarray]:
     images. Each class keeps at least one image for training.
 
     Raises:
-        UserError: `val_images` would leave no image for training, or is less than the number of classes.
+        UserError: there are not so many images, or a class would have none for training.
     """
     classes, counts = np.unique(labels, return_counts=True)
-    if not len(classes) <= val_images <= len(labels) - len(classes):
-        raise UserError(f"data.val_images = {val_images} cannot be split from {len(labels)} images: change it")
-    exact, most = counts * val_images / len(labels), counts - 1
-    quota = np.minimum(np.floor(exact).astype(int), most)
+    most = len(labels) - len(classes)
+    if not 1 <= val_images <= most:
+        each = f", of which each of {len(classes):,} classes keeps one for training" if len(classes) > 1 else ""
+        advice = f"set it from 1 to {most:,}" if most else "give more images a class, or set model.num_classes: null"
+        raise UserError(f"data.val_images = {val_images:,} cannot be split from {len(labels):,} images{each}: {advice}")
+    exact, spare = counts * val_images / len(labels), counts - 1
+    quota = np.minimum(np.floor(exact).astype(int), spare)
     while quota.sum() < val_images:  # the largest remainder next
-        quota[np.argmax(np.where(quota < most, exact - quota, -np.inf))] += 1
+        quota[np.argmax(np.where(quota < spare, exact - quota, -np.inf))] += 1
     rng = np.random.default_rng(SPLIT_SEED)
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, quota, strict=True)]
     val = np.sort(np.concatenate(chosen))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -17,6 +18,15 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 (..., C), C = 1 to 4 -> (..., 3): grey is repeated, alpha dropped."""
-    colours = images[..., : 1 if images.shape[-1] < 3 else 3]
-    return np.broadcast_to(colours, (*images.shape[:-1], 3))
+    """uint8 (..., H, W, C), C = 1 to 4 -> (..., H, W, 3): grey is repeated, what is transparent is shown on white."""
+    channels = images.shape[-1]
+    if channels in (1, 3):
+        return np.broadcast_to(images, (*images.shape[:-1], 3))
+    rows = np.ascontiguousarray(images).reshape(-1, images.shape[-2], channels)
+    shown = np.asarray(on_white(Image.fromarray(rows)).convert("RGB"))
+    return shown.reshape(*images.shape[:-1], 3)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGBA without transparency."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image.convert("RGBA"))

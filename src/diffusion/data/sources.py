@@ -1,190 +1,206 @@
-"""The training images that `data.source` names, whatever holds them, as one stream of equal uint8 arrays."""
+"""What a path holds, whatever kind it is of, as equal uint8 arrays: the one reader of `data.source` and of compare."""
 
-import io
-import lzma
-import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from diffusion import paths
-from diffusion.data.image_streams import SUFFIXES
-from diffusion.data.npz import UNREADABLE, read_npz
+from diffusion.data.files import SUFFIXES, Entry, Report, files_of, members_of, sorted_out
+from diffusion.data.layout import LABELS_FILE, Labelled, Labels, labelled, numbered, splits, unlabelled
+from diffusion.data.npz import UNREADABLE, Stream, Unusable, checked, headers, labels_for, name_of_images, open_array
+from diffusion.data.parquet import read_tables
+from diffusion.data.pictures import Form, Pictures
 from diffusion.errors import UserError
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by model.image_channels
-EIGHT_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-LARGEST = 64 * 2**20  # bytes of one picture file
-CHUNK = 2048  # images
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-Picture = tuple[str, Callable[[], bytes]]  # path inside the source, with slashes; how to read it
+KINDS = "a folder or zip of pictures, an npz or npy file of uint8 images, or a parquet file"
+SHOWN = 20  # classes that are named on the terminal
+STATISTICS = (("mu", "sigma"), ("mean", "cov"))  # of features, as pytorch-fid and EDM save them, and reference/ here
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images with labels, read chunk by chunk, so that a million needs no more memory than a thousand."""
+    """Images that are read slice by slice, so that a million need no more memory than a thousand."""
 
-    shape: tuple[int, int, int, int]  # (N, H, W, C)
-    labels: np.ndarray  # integers (N,)
-    chunks: Callable[[], Iterator[np.ndarray]]  # uint8 (n, H, W, C) each, N images in all
+    name: str  # in messages
+    images: np.ndarray | Stream  # uint8 (N, H, W, C)
+    labelled: Labelled
+    report: Report = field(default_factory=Report)
     test: "Source | None" = None
 
+    def lines(self) -> Iterator[str]:
+        """What was found here, for the terminal; what is converted is known once all was read: report.conversions."""
+        count, height, width, _ = self.images.shape
+        yield f"{self.name}: {count:,} images of {width} x {height} pixels"
+        yield from (f"  {line}" for line in [*self.report.found, *self.report.omissions()])
+        named = [f"{name} ({count:,})" for name, count in self.labelled.counts().items()]
+        if named:
+            more = f" and {len(named) - SHOWN:,} more" if len(named) > SHOWN else ""
+            yield f"  {len(named):,} classes: {', '.join(named[:SHOWN])}{more}"
 
-def open_source(path: Path, size: int, channels: int) -> Source:
-    """What `path` holds, as images of `size` x `size` pixels with `channels` channels (1 grey, 3 RGB; 2, 4 with alpha).
+    def card(self) -> dict[str, object]:
+        """The same as JSON types."""
+        return {**self.report.card(), "classes": self.labelled.counts()}
 
-    A folder with train.npz (and test.npz), as the download stage writes; an npz file with `images` uint8 (N, H, H, C)
-    and, if there are any, `labels`; a folder or zip of square pictures in any depth, in the order of their paths, which
-    are converted and resized. Their labels number the first folders, if every picture lies in one; else they are 0.
+
+def open_source(
+    path: Path,
+    form: Form,
+    *,
+    labels: Labels | None = "auto",  # None = classes are not wanted
+    count: int | None = None,  # only the first; None = all
+    name: str | None = None,  # in messages; None = the path
+) -> Source:
+    """What `path` holds: KINDS, or a folder with train.npz and test.npz, as the download stage writes.
+
+    Pictures lie in any depth, are taken in the order of their paths and become as `form` says; arrays stay as they are.
+    Hidden files and __MACOSX are left out, and so is whatever else is no picture; the report counts it all. Memory: a
+    list of the files (about 1 kB each), and Pictures' bounds; of a parquet file one row group.
 
     Raises:
-        UserError: nothing usable is there, or a picture is damaged or not square (some while chunks are read).
+        UserError: nothing usable is there (while it is read: a picture cannot be used); the line says where and why.
     """
-    with _explained(path):
-        if path.is_dir() and (path / "train.npz").exists():
-            test = path / "test.npz"
-            return _arrays(path / "train.npz", size, channels, test if test.exists() else None)
+    opening = _Opening(name or str(path), path, form, labels, count)
+    with explained(opening.name, path):
+        return opening.source()
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """A source that is being opened, by the kind of what lies there."""
+
+    name: str
+    path: Path
+    form: Form
+    labels: Labels | None
+    count: int | None
+    report: Report = field(default_factory=Report)
+
+    def source(self) -> Source:
+        path, suffix = self.path, self.path.suffix.lower()
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file()]
-            return _pictures(path, [(p.relative_to(path).as_posix(), p.read_bytes) for p in files], size, channels)
-        if path.suffix.lower() == ".npz":
-            return _arrays(path, size, channels)
-        archive = zipfile.ZipFile(path)  # stays open for its reader
-        return _pictures(path, [(i.filename, _member(archive, i)) for i in archive.infolist()], size, channels)
+            return self._folder(list(files_of(path)))
+        if suffix == ".npy":
+            return self._array(path, np.load(path, mmap_mode="c", allow_pickle=False), None)
+        if suffix == ".parquet":
+            return self._tables([path], [])
+        if suffix == ".npz" or _holds_arrays(path):
+            return self._archive(path)
+        if zipfile.is_zipfile(path) or suffix == ".zip":
+            return self._pictures(members_of(zipfile.ZipFile(path)))
+        path.stat()  # FileNotFoundError
+        one = ", and one picture is none: name its folder" if suffix in SUFFIXES else ": unpack or convert it"
+        raise UserError(f"{self.name} is not {KINDS}{one}")
+
+    def _folder(self, files: list[Entry]) -> Source:
+        if (self.path / "train.npz").exists():
+            for entry in files:
+                if entry.name not in ("train.npz", "test.npz"):
+                    self.report.leave_out("files beside train.npz", entry.name)
+            train, test = self._archive(self.path / "train.npz"), self.path / "test.npz"
+            return replace(train, test=self._of_test()._archive(test) if test.exists() else train.test)
+        tables = [Path(entry.name) for entry in files if entry.name.lower().endswith(".parquet")]
+        if not tables or sorted_out(iter(files), Report()):
+            return self._pictures(iter(files))
+        sorted_out((entry for entry in files if Path(entry.name) not in tables), self.report)
+        test_tables = [self.path / table for table in tables if "test" in table.name]
+        train_tables = [self.path / table for table in tables if "test" not in table.name]
+        return self._tables(train_tables, test_tables) if train_tables else self._tables(test_tables, [])
+
+    # --- pictures
+
+    def _pictures(self, entries: Iterator[Entry]) -> Source:
+        label_files: list[Entry] = []
+        others: list[Entry] = []
+        for entry in entries:
+            (label_files if PurePosixPath(entry.name).name == LABELS_FILE else others).append(entry)
+        pictures = sorted_out(iter(others), self.report)
+        if not pictures:
+            found = "; ".join(self.report.omissions()) or "nothing at all"
+            hint = "run `dvc repro download`" if self.path == paths.CIFAR10 else f"give {KINDS}"
+            raise UserError(f"{self.name} holds no pictures ({' '.join(sorted(SUFFIXES))}), but {found}: {hint}")
+        train, test = splits(pictures, self.report)
+        return self._decoded(train, labelled(train, self.labels, label_files, self.report), test)
+
+    def _tables(self, train: Sequence[Path], test: Sequence[Path]) -> Source:
+        entries, classes = read_tables(train)
+        if test:
+            self.report.found.append(f"{', '.join(path.name for path in test)} for testing")
+        if self.labels is None:
+            classes = unlabelled(len(entries))
+        return self._decoded(entries, classes, read_tables(test)[0] if test else [])
+
+    def _decoded(self, train: Sequence[Entry], classes: Labelled, test: Sequence[Entry]) -> Source:
+        images = Pictures(self.name, train[: self.count], self.form, self.report)
+        rest = None
+        if test and self.form.size is not None:  # else only the training images are asked for
+            rest = self._of_test()._decoded(test, unlabelled(len(test)), [])
+        return Source(self.name, images, classes.first(self.count), self.report, rest)
+
+    # --- arrays
+
+    def _archive(self, path: Path) -> Source:
+        found = headers(path)
+        if statistics_in(found) and not any(header.are_images for header in found.values()):
+            raise UserError(
+                f"{self.name} holds statistics of features ({', '.join(found)}), not images: give the images"
+            )
+        name = name_of_images(found)
+        shape = found[name].shape
+        labels_name, labels = labels_for(path, name, shape[0] if shape else 0, found) if self.labels else (None, None)
+        used = {name, labels_name}
+        if name != "images":
+            self.report.found.append(f"the images are the array {name}")
+        source = self._array(path, open_array(path, name), labels)
+        if name == "x_train" and "x_test" in found:
+            self.report.found.append("x_test is for testing")
+            used |= {"x_test", "y_test"}
+            source = replace(source, test=self._of_test()._array(path, open_array(path, "x_test"), None))
+        for other in [other for other in found if other not in used and self.labels]:
+            self.report.leave_out("arrays of the file", other)
+        return source
+
+    def _array(self, path: Path, images: np.ndarray | Stream, labels: np.ndarray | None) -> Source:
+        """Raises UserError if `images` are not uint8 (N, H, W, C), or (N, H, W)."""
+        if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 3 and images.shape[2] > 4:
+            images = images[..., None]
+            self.report.found.append("the array has no channels: its images are grey")
+        images = checked(images, path)
+        classes = unlabelled(len(images)) if labels is None else numbered(labels)
+        if self.count is not None:
+            images = images.first(self.count) if isinstance(images, Stream) else images[: self.count]
+        return Source(self.name, images, classes.first(self.count), self.report)
+
+    def _of_test(self) -> "_Opening":
+        return replace(self, name=f"{self.name} (test images)", count=None)
 
 
-# --- pictures
-
-
-def _pictures(path: Path, found: Sequence[Picture], size: int, channels: int) -> Source:
-    pictures = sorted((p for p in found if _is_picture(p[0])), key=lambda picture: picture[0])
-    if not pictures:
-        hint = ": run `dvc repro download`" if path == paths.CIFAR10 else ""
-        raise UserError(f"data.source = {path} holds no pictures ({' '.join(sorted(SUFFIXES))}){hint}")
-
-    def chunks() -> Iterator[np.ndarray]:
-        resized = 0
-        with _explained(path), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(pictures), CHUNK):
-                decoded = list(pool.map(lambda p: _decode(path, p, size, channels), pictures[start : start + CHUNK]))
-                resized += sum(was_resized for _, was_resized in decoded)
-                yield np.stack([array for array, _ in decoded])
-        if resized:
-            tqdm.write(f"{path}: {resized:,} of {len(pictures):,} pictures were resized to {size} x {size} pixels")
-
-    return Source((len(pictures), size, size, channels), _folder_labels([name for name, _ in pictures]), chunks)
-
-
-def _is_picture(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in SUFFIXES and not hidden
-
-
-def _decode(path: Path, picture: Picture, size: int, channels: int) -> tuple[np.ndarray, bool]:
-    """uint8 (size, size, channels), and whether it was resized."""
-    name, read = picture
-    try:
-        image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(read())))
-    except UnidentifiedImageError:
-        raise UserError(f"data.source = {path}: {name} is damaged (no picture): repair or remove it") from None
-    except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken PNG files
-        raise UserError(f"data.source = {path}: {name} is damaged ({error}): repair or remove it") from None
-    if image.mode not in EIGHT_BIT:
-        raise UserError(f"data.source = {path}: {name} does not have 8 bits a channel ({image.mode}): convert it")
-    if image.width != image.height:
-        raise UserError(f"data.source = {path}: {name} has {image.width} x {image.height} pixels: crop it to a square")
-    if channels in (1, 3) and image.has_transparency_data:  # what is transparent may have any colour: show it on white
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    resized = image.width != size
-    image = image.convert(MODES[channels])
-    image = image.resize((size, size), Image.Resampling.LANCZOS) if resized else image
-    return np.asarray(image).reshape(size, size, channels), resized
-
-
-def _folder_labels(names: Sequence[str]) -> np.ndarray:
-    """Integers (N,): the number, in alphabetical order, of the first folder below what all paths have in common."""
-    folders = [PurePosixPath(name).parent.parts for name in names]
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)))
-    first = [parts[common] if len(parts) > common else None for parts in folders]
-    if None in first:
-        return np.zeros(len(names), dtype=np.uint8)
-    classes = {name: number for number, name in enumerate(sorted({str(name) for name in first}))}
-    return np.array([classes[str(name)] for name in first], dtype=np.min_scalar_type(len(classes) - 1))
-
-
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if info.file_size > LARGEST:  # zipfile yields no more than that, whatever the member really holds
-            raise ValueError(f"more than {LARGEST >> 20} MiB")
-        try:
-            return archive.read(info)
-        except (RuntimeError, lzma.LZMAError) as error:  # a password, a compression that zipfile lacks
-            raise ValueError(str(error)) from None
-
-    return read
-
-
-# --- arrays
-
-
-def _arrays(path: Path, size: int, channels: int, test: Path | None = None) -> Source:
-    with zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
-        shape, fortran, dtype = _header(file)
-    if dtype != np.uint8 or len(shape) != 4 or not shape[0] or fortran:
-        raise ValueError(f"{path.name}: images are {dtype} {shape}, not uint8 (N, H, W, C) in C order")
-    if shape[1:] != (size, size, channels):
-        usable = shape[1] == shape[2] and shape[3] in MODES
-        keys = f"set model.image_size: {shape[1]} and model.image_channels: {shape[3]}"
-        advice = keys if usable else "they must be square, with 1 to 4 channels"
-        raise UserError(f"{path}: images are {shape[1:]}, not {(size, size, channels)}: {advice}")
-    labels = _labels(path, shape[0])
-
-    def chunks() -> Iterator[np.ndarray]:
-        with _explained(path), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
-            _header(file)
-            for start in range(0, shape[0], CHUNK):
-                count = min(CHUNK, shape[0] - start)
-                content = file.read(count * size * size * channels)
-                yield np.frombuffer(content, np.uint8).reshape(count, size, size, channels)
-
-    return Source(shape, labels, chunks, _arrays(test, size, channels) if test else None)
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version not in HEADERS:
-        raise ValueError(f"npy format {version} is unknown")
-    return HEADERS[version](file)
-
-
-def _labels(path: Path, count: int) -> np.ndarray:
+def _holds_arrays(path: Path) -> bool:
+    """Whether it is an npz file under another name."""
+    if not zipfile.is_zipfile(path):
+        return False
     with zipfile.ZipFile(path) as archive:
-        if "labels.npy" not in archive.namelist():
-            return np.zeros(count, dtype=np.uint8)
-    (labels,) = read_npz(path, "labels")
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path.name}: labels are {labels.dtype} {labels.shape}, not integers ({count},)")
-    return labels
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def statistics_in(names: Iterable[str]) -> tuple[str, str] | None:
+    """The names of mean and covariance among the arrays of a file; None = it has none."""
+    return next((pair for pair in STATISTICS if set(pair) <= set(names)), None)
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(name: str, path: Path) -> Iterator[None]:
+    """Errors of reading `path` as one line."""
     try:
         yield
     except FileNotFoundError as error:
-        hint = ": run `dvc repro download`" if path.is_relative_to(paths.CIFAR10) else ""
-        raise UserError(f"data.source: {error.filename} is not there{hint}") from None
+        hint = "run `dvc repro download`" if path.is_relative_to(paths.CIFAR10) else f"give {KINDS}"
+        raise UserError(f"{name}: {error.filename} is not there: {hint}") from None
+    except Unusable as why:
+        raise UserError(f"{name}: {why}") from None
     except UNREADABLE as error:
-        raise UserError(f"data.source = {path} cannot be used ({error})") from None
+        raise UserError(f"{name} cannot be used ({error}): is it whole? give {KINDS}") from None

@@ -1,23 +1,28 @@
 """`python -m diffusion.metrics compare`: distances between any two sets of images."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
+from diffusion import paths
 from diffusion.config import EvaluateConfig, Measure
 from diffusion.data.download.inception_weights import WeightsUnavailableError, find_inception_weights
-from diffusion.data.image_sets import NAMED, open_images
+from diffusion.data.pictures import MAX_PIXELS, Fit, Form
+from diffusion.data.sources import Source, open_source
 from diffusion.errors import UserError
+from diffusion.metrics import frechet_distance
 from diffusion.metrics.extraction import features_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
-from diffusion.metrics.names import shown
-from diffusion.metrics.reference import make_reference
+from diffusion.metrics.names import INCEPTION, OTHERS, shown
+from diffusion.metrics.reference import holds_statistics, make_reference, read_statistics
 from diffusion.metrics.scores import measured, versions
 from diffusion.runtime import keep_freed_memory, resolve_device
 
+NAMED = {"cifar10:train": paths.CIFAR10_TRAIN, "cifar10:test": paths.CIFAR10_TEST}
+DIMS = {"inception": Inception.dim, "lite0": EfficientNetLite0.dim}
 STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is taken for one of those
 
 
@@ -28,6 +33,9 @@ STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is t
 @click.option("--weights", default=None, help="Inception's weights; looked for and fetched if not given.")
 @click.option("--measure", "measures", type=click.Choice(get_args(Measure)), multiple=True, default=["frechet"])
 @click.option("--count", type=click.IntRange(2), default=None, help="Only the first COUNT images of each.")
+@click.option("--image-size", type=click.IntRange(1), default=None, help="Resize pictures to squares of this side.")
+@click.option("--fit", type=click.Choice(get_args(Fit)), default="refuse", help="Then: what others become.")
+@click.option("--max-pixels", type=click.IntRange(1), default=MAX_PIXELS, show_default=True, help="Of one picture.")
 @click.option("--keep", type=click.IntRange(2), default=10_000, show_default=True, help="Most features kept; below.")
 @click.option("--batch-size", type=click.IntRange(1, 65_536), default=64, show_default=True)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
@@ -36,9 +44,10 @@ STRANGERS = "real"  # split of images that are not CIFAR-10's: no file name is t
 def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     """Compare images A (generated) with B (real).
 
-    Each is an npz file with `images`, uint8 (N, H, W, C), a folder of pictures of one size, cifar10:train or
-    cifar10:test. --measure may be given several times; all but frechet are of the first --keep images of each, whose
-    features stay in memory. FID and KID are --extractor inception's names alone.
+    Each is what data.source may be (a folder or zip of pictures, of one size or with --image-size; an npz, npy or
+    parquet file), read as the prepare stage does, in RGB; or cifar10:train, cifar10:test, or an npz file of statistics
+    (mu and sigma, of the same extractor). --measure may be given several times; all but frechet are of the first --keep
+    images of each, whose features stay in memory. FID and KID are --extractor inception's names alone.
     """
     keep_freed_memory()
     found = list(compared(a, b, **options))
@@ -51,7 +60,8 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
             click.echo(f"{name} {shown(value)}")
     key = found[0]["reference"]
     parts = {**key["extractor"], **found[0]["versions"]}
-    click.echo("; ".join([f"against {key['images']} images of {b}", *(f"{k} {v}" for k, v in parts.items())]))
+    of = f"{key['images']} images of {b}" if "images" in key else f"the statistics in {b}"
+    click.echo("; ".join([f"against {of}", *(f"{k} {v}" for k, v in parts.items())]))
 
 
 def compared(
@@ -66,6 +76,9 @@ def compared(
     batch_size: int,
     precision: str,
     device: str,
+    image_size: int | None = None,
+    fit: Fit = "refuse",
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[dict[str, Any]]:
     """One entry a measure of the images named `a` against those named `b`: numbers and what they depend on.
 
@@ -74,26 +87,94 @@ def compared(
     """
     if "copies" in measures and b == "cifar10:test":
         raise UserError(f"copies are looked for among training images, and {b} are none: give the training images as B")
-    sets = [open_images(name, count) for name in (a, b)]
-    if (shapes := [images.shape[1:] for images in sets])[0] != shapes[1]:
-        what = "number of channels" if shapes[0][:2] == shapes[1][:2] else "size"
-        raise UserError(f"{a} has images of {shapes[0]} and {b} of {shapes[1]}: bring them to one {what} first")
+    statistics = [name for name in (a, b) if holds_statistics(_place(name))]
+    if statistics:
+        _check_statistics(statistics, measures, extractor)
+    if len(statistics) == 2:
+        yield _of_statistics(a, b, extractor)
+        return
+    if a in statistics:  # the distance is the same both ways
+        a, b = b, a
+    form = Form(image_size, channels=3, fit=fit, max_pixels=max_pixels)
+    sources = _opened([name for name in (a, b) if name not in statistics], form, count)
     if weights and not Path(weights).is_file():
         raise UserError(f"--weights {weights}: no such file")
-    config = _config(weights, measures, batch_size, precision, most=len(sets[1]))
+    fewest, most = (which(len(source.images) for source in sources) for which in (min, max))
+    config = _config(weights, measures, batch_size, precision, most)
     network = _extractor(extractor, config)
-    if isinstance(network, Inception) and "frechet" in measures and (few := min(map(len, sets))) < network.dim:
+    if "frechet" in measures:
+        _check_enough(network, fewest)
+    kept = keep if set(measures) - {"frechet"} else 0
+    where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
+    if statistics:
+        reference = read_statistics(_place(b), network.dim, network.describe())
+    else:
+        reference = make_reference(sources[1].images, split, network, batch_size, where, keep=kept)
+    found = features_of(sources[0].images, network, batch_size, where, a, keep=kept)
+    for source in sources:
+        _say(f"{source.name}: {line}" for line in source.report.conversions())
+    for one in measured(config, network.metric, found, reference):
+        about = {"measure": one.measure, "numbers": one.numbers, "samples": one.samples, "of": a, "against": b}
+        yield {**about, **one.details, "reference": reference.key, "versions": versions()}
+
+
+def _place(name: str) -> Path:
+    return NAMED.get(name, Path(name).expanduser())
+
+
+def _opened(names: Sequence[str], form: Form, count: int | None) -> list[Source]:
+    """The sources of images, which are described on the terminal.
+
+    Raises:
+        UserError: one cannot be used, or their images differ in size.
+    """
+    sources = [open_source(_place(name), form, labels=None, count=count, name=name) for name in names]
+    for source in sources:
+        _say(source.lines())
+    if len({source.images.shape[1:3] for source in sources}) > 1:
+        sizes = " and ".join(f"{s.images.shape[2]} x {s.images.shape[1]} ({s.name})" for s in sources)
+        raise UserError(f"images have {sizes} pixels: bring them to one size first, or give --image-size")
+    return sources
+
+
+def _of_statistics(a: str, b: str, extractor: str) -> dict[str, Any]:
+    """The Frechet distance of two files of statistics, which needs no network."""
+    of, against = (read_statistics(_place(name), DIMS[extractor]) for name in (a, b))
+    name = f"{INCEPTION['frechet'] if extractor == 'inception' else OTHERS['frechet'] + '_lite0'}_of_statistics"
+    numbers = {name: frechet_distance(of.mean, of.cov, against.mean, against.cov)}
+    about = {"measure": "frechet", "numbers": numbers, "of": a, "against": b}
+    return {**about, "reference": against.key, "versions": versions()}
+
+
+def _check_statistics(given: Sequence[str], measures: Sequence[Measure], extractor: str) -> None:
+    """Raises UserError if another measure than the Frechet distance is asked for."""
+    which = " and ".join(given)
+    if others := [measure for measure in measures if measure != "frechet"]:
+        raise UserError(f"{which}: mean and covariance alone, and --measure {others[0]} needs images: give the images")
+    network = "Inception with the 2015-12-05 weights" if extractor == "inception" else "EfficientNet-Lite0"
+    _say([f"{which}: statistics; the features are assumed to be of {network} (--extractor)"])
+
+
+def _check_enough(network: Extractor, few: int) -> None:
+    """Raises UserError, or warns, if a covariance of `few` images says little of their distribution."""
+    if few >= network.dim:
+        return
+    if isinstance(network, Inception):
         raise UserError(
             f"FID needs at least {network.dim} images a side and there are {few}: give --measure kid, which few images "
             "do not bias, or more images"
         )
-    kept = keep if set(measures) - {"frechet"} else 0
-    where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
-    reference = make_reference(sets[1], split, network, batch_size, where, keep=kept)
-    found = features_of(sets[0], network, batch_size, where, a, keep=kept)
-    for one in measured(config, network.metric, found, reference):
-        about = {"measure": one.measure, "numbers": one.numbers, "samples": one.samples, "of": a, "against": b}
-        yield {**about, **one.details, "reference": reference.key, "versions": versions()}
+    _say(
+        [
+            f"warning: {few} images are fewer than the {network.dim} features of which {network.metric} takes the "
+            "covariance: its value is mostly bias, and falls with more images; --measure kid has no such bias"
+        ]
+    )
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.secho(line, fg="yellow" if line.startswith("warning: ") else None, err=True)
 
 
 def _config(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Images(Protocol):
-    """uint8 (N, H, W, C) that are read by slices: an array, mapped or not, or image_streams.Stream."""
+    """uint8 (N, H, W, C) that are read by slices: an array, mapped or not, or npz.Stream."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -48,7 +48,7 @@ def features_of(
     keep: int = 0,  # features of at most so many images stay in memory
     blocks: int = 1,
 ) -> Extracted:
-    """Features of uint8 (N, H, W, C) images (alpha is ignored), with a progress bar called `what`.
+    """Features of uint8 (N, H, W, C) images (on white), with a progress bar called `what`.
 
     The ranks of `world` share the batches; each returns the result of all of them, equal to a single process's but for
     float64 rounding, because every image is in the same batch.
@@ -83,7 +83,7 @@ def moments_of(
 
 
 def features_of_batch(images: np.ndarray, extractor: Extractor, device: torch.device) -> Tensor:
-    """Features (N, d) on `device`, where the extractor is, of uint8 (N, H, W, C) images (alpha is ignored)."""
+    """Features (N, d) on `device`, where the extractor is, of uint8 (N, H, W, C) images (on white)."""
     return extractor(torch.from_numpy(rgb(images).copy()).to(device).permute(0, 3, 1, 2))
 
 

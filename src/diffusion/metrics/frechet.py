@@ -35,7 +35,10 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
         raise UserError("moments hold NaN or infinity: compute them again")
     trace_of_root = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
     difference = mu1 - mu2
-    return float(difference @ difference + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root)
+    traces = np.trace(cov1) + np.trace(cov2)
+    distance = float(difference @ difference + traces - 2 * trace_of_root)
+    rounding = 10 * len(mu1) * traces * np.finfo(np.float64).eps  # by which equal Gaussians differ, on either side of 0
+    return distance if distance > rounding else 0.0
 
 
 def frechet_at_infinity(

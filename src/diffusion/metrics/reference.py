@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from diffusion.atomic import replacing
-from diffusion.data.npz import UNREADABLE, read_npz
+from diffusion.data.npz import UNREADABLE, headers, read_npz
+from diffusion.data.sources import STATISTICS, statistics_in
 from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
 from diffusion.metrics.extraction import Images, features_of, released
 from diffusion.metrics.extractors import AGAIN
 from diffusion.metrics.features import Extractor
 
-CHUNK = 1024  # images hashed at once
+CHUNK = 1024  # images hashed at once, at most
+CHUNK_BYTES = 2**26  # of these
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,41 @@ class Reference:
         return Reference(mean, cov, key, features)
 
 
+def holds_statistics(path: Path) -> bool:
+    """Whether it is an npz file with mean and covariance of features, and no images."""
+    try:
+        found = headers(path) if path.suffix == ".npz" else {}
+    except UNREADABLE:
+        return False  # whoever reads it says what is wrong
+    return statistics_in(found) is not None and not any(header.are_images for header in found.values())
+
+
+def read_statistics(path: Path, dim: int, extractor: Mapping[str, str] | None = None) -> Reference:
+    """Mean and covariance of `dim` features: a file of pytorch-fid's or EDM's (mu, sigma), or of Reference.save.
+
+    The last says which extractor made it, which has to be the one described by `extractor`.
+
+    Raises:
+        UserError: the file is damaged, or of other features.
+    """
+    try:
+        found = headers(path)
+        names = statistics_in(found) or STATISTICS[0]
+        shapes = [found[name].shape for name in names]
+        if shapes != [(dim,), (dim, dim)]:
+            raise UserError(
+                f"{path} has statistics of shapes {shapes[0]} and {shapes[1]}, and the extractor has {dim} features: "
+                "give the --extractor that made them"
+            )
+        if extractor and "key" in found:
+            return Reference.load(path, extractor)
+        mean, cov = read_npz(path, *names)
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be used ({error}): give an npz file with mu and sigma") from None
+    key = {"split": "statistics", "file": path.name, "extractor": dict(extractor or {})}
+    return Reference(mean.astype(np.float64), cov.astype(np.float64), key)
+
+
 def make_reference(
     images: Images,
     split: str,
@@ -88,8 +126,9 @@ def make_reference(
 def pixels_sha256(images: Images) -> str:
     """Hex digest of the pixels of (N, H, W, C) images, read in parts."""
     sha, release = hashlib.sha256(), released(images)
-    for start in range(0, len(images), CHUNK):
-        sha.update(np.ascontiguousarray(images[start : start + CHUNK]).data)
+    step = max(1, min(CHUNK, CHUNK_BYTES // math.prod(images.shape[1:])))
+    for start in range(0, len(images), step):
+        sha.update(np.ascontiguousarray(images[start : start + step]).data)
         if release:
             release()
     return sha.hexdigest()

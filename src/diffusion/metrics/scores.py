@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Params
-from diffusion.data.image_sets import load_samples
+from diffusion.data.npz import load_samples
 from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
 from diffusion.metrics.extraction import Extracted, features_of

@@ -13,7 +13,7 @@ from diffusion import paths
 from diffusion.atomic import write_text
 from diffusion.config import DiffusionConfig, ModelConfig
 from diffusion.data.dataset import real_images
-from diffusion.data.image_sets import load_samples
+from diffusion.data.npz import load_samples
 from diffusion.errors import UserError
 from diffusion.metrics.names import shown
 from diffusion.model.schedules import configured_schedule

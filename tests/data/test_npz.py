@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from helpers.pictures import pictures
 
-from diffusion.data.image_sets import load_samples
-from diffusion.data.npz import load_images
+from diffusion.data.npz import load_images, load_samples
 from diffusion.errors import UserError
 from diffusion.metrics import extraction
 
