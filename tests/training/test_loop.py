@@ -41,6 +41,7 @@ def test_a_stopped_and_resumed_training_equals_the_one_that_was_not(
     assert same(parts.ema.net.state_dict(), whole.ema.net.state_dict())
     assert same(parts.best, whole.best)
     assert same(parts.optimizer.state_dict(), whole.optimizer.state_dict())
+    assert [row["step"] for row in whole.progress.loss_rows] == [2, 4, 6, 8, 10]
     for name in ("loss_rows", "val_rows", "best_step", "best_val_loss", "skipped"):
         assert getattr(parts.progress, name) == getattr(whole.progress, name), name
 
@@ -197,6 +198,7 @@ def test_a_step_waits_for_nothing_unless_losses_are_read(tiny, tiny_data, tmp_pa
         assert reads.count == 0
         assert math.isfinite(records[-1].loss)
         assert reads.count == 1, "the counter counts"
+    assert [step for step in range(1, 101) if trainer.reads(step)] == [*range(10, 101, 10)]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 8, 100])
