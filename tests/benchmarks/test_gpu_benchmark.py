@@ -33,7 +33,7 @@ from diffusion.model.unet import UNet
 from diffusion.sampling import generation
 from diffusion.training.optim import learning_rate
 
-ABSENT = ["mlflow", "dvc", "optuna", "matplotlib", "requests", "urllib3"]
+ABSENT = ["mlflow", "dvc", "optuna", "requests", "urllib3"]
 CPU = torch.device("cpu")
 
 

@@ -117,8 +117,8 @@ def app() -> FastAPI:
     try:
         model = load_model(os.environ[MODEL])
     except UserError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        error.show()
+        sys.exit(error.exit_code)
     return application(model.unwrap_python_model().generator)
 
 
