@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,3 +76,15 @@ def enter_exclusive(
     else:
         while not world.broadcast(None):
             pass
+
+
+def machine() -> str:
+    """Where a process's number means that process: the host since its start, and there the container.
+
+    Cloned hosts and containers may share a name.
+    """
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # Linux alone
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        known.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(known)

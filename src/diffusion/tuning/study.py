@@ -5,16 +5,15 @@ system lets go of when its holder dies.
 """
 
 import copy
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from diffusion.config import Params
+from diffusion.locks import machine
 from diffusion.runtime import generator
 from diffusion.tracking.mlflow_store import is_alive, signature
 from diffusion.tuning.space import first_settings, read_space
@@ -188,15 +187,3 @@ class SharedStudy:
         stuck = config.sampler == "gp" and ended and ended[-1].state.name == "PRUNED"
         with quiet():
             return make["random" if stuck else config.sampler]()
-
-
-def machine() -> str:
-    """Where a process's number means that process: the host since its start, and there the container.
-
-    Cloned hosts and containers may share a name; a trial of theirs is judged by its heartbeat.
-    """
-    known = [socket.gethostname()]
-    with suppress(OSError):  # Linux alone
-        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        known.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(known)
