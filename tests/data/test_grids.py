@@ -47,7 +47,7 @@ def test_images_are_enlarged_to_at_most_64_pixels(height: int, times: int) -> No
     assert grids.zoom(np.empty((5, 1, height, 7, 3), np.uint8)) == times
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_every_saved_file_decodes_to_its_image(tmp_path: Path, channels: int) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (30, 8, 6, channels), dtype=np.uint8)
     written = grids.save_all(pictures, tmp_path / "png", workers=4)
