@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,29 @@ def test_unusable_folders_are_one_line(damage: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         diffusers_format.read_pipeline(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_with_all_files_in_one_is_read(tmp_path: Path) -> None:
+    """As google/ddpm-cifar10-32 lies on the hub."""
+    trained = small()
+    net = randomised(trained)
+    diffusers_format.write_pipeline(net, trained, tmp_path / "deep")
+    for path in [*(tmp_path / "deep").rglob("*.*")]:
+        path.rename(tmp_path / path.name)
+    shutil.rmtree(tmp_path / "deep")
+    found, known = diffusers_format.read_pipeline(tmp_path)
+    assert known.diffusion == trained.diffusion
+    assert all(value.equal(found.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["unet", "."])
+def test_a_pickle_is_refused_with_the_reason(tmp_path: Path, place: str) -> None:
+    trained = small()
+    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
+    weights = tmp_path / "unet" / diffusers_format.WEIGHTS
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"\.bin is a pickle, which can run any code: .*save_pretrained"):
+        diffusers_format.read_pipeline(tmp_path / "unet" if place == "." else tmp_path)
 
 
 def test_the_command_goes_both_ways(tmp_path: Path) -> None:

@@ -21,55 +21,16 @@ from diffusion import paths
 from diffusion.atomic import replacing, write_json
 from diffusion.config import DiffusionConfig, ImportedConfig, ModelConfig, TrainedConfig
 from diffusion.errors import UserError
-from diffusion.model.diffusers_layers import joined, layers, split
+from diffusion.model.diffusers_layers import DEFAULTS, SHAPE, UNET_FIXED, joined, layers, split
 from diffusion.model.model_file import load_model, save_model
 from diffusion.model.schedules import SCHEDULES, configured_schedule, make_schedule, without_terminal_signal
 from diffusion.model.unet import UNet
 from diffusion.params_file import Kind, checked
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, SCHEDULER = "diffusion_pytorch_model.safetensors", "scheduler_config.json"
 NO_CLASS = "_last_class_is_none"  # in config.json if an embedding stands for no class: whether it was trained
 CLASSES = "class_embedding.weight"
-UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their defaults differ in part
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "norm_eps": 1e-6,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "attn_norm_num_groups": None,
-}
-SHAPE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
-DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
-    "out_channels": 3,
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "norm_eps": 1e-5,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "attn_norm_num_groups": None,
-    "downsample_padding": 1,
-    "dropout": 0.0,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "num_class_embeds": None,
-}
 
 
 def write_pipeline(net: UNet, config: TrainedConfig | ImportedConfig, folder: Path) -> None:
@@ -98,18 +59,20 @@ def write_pipeline(net: UNet, config: TrainedConfig | ImportedConfig, folder: Pa
 
 
 def read_pipeline(folder: Path) -> tuple[UNet, ImportedConfig]:
-    """The network of a diffusers pipeline folder, and what is known of it.
+    """The network of a diffusers pipeline folder, perhaps with all files in one, and what is known of it.
 
     All classes of a foreign network are classes here; to be of none then adds nothing, and was never trained.
 
     Raises:
         UserError: a file is missing or damaged, or the network is of another kind.
     """
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    weights = _weights(folder)
+    place = weights.parent
+    beside = [place / SCHEDULER, place.parent / "scheduler" / SCHEDULER]
     try:
         unet = DEFAULTS | json.loads((place / "config.json").read_text())
-        found = load_file(place / WEIGHTS)
-        scheduler = json.loads((place.parent / "scheduler" / "scheduler_config.json").read_text())
+        found = load_file(weights)
+        scheduler = json.loads(next((file for file in beside if file.exists()), beside[1]).read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not a diffusers pipeline with safetensors ({error})") from None
     net = UNet(model_config(unet))
@@ -118,14 +81,24 @@ def read_pipeline(folder: Path) -> tuple[UNet, ImportedConfig]:
     try:
         net.load_state_dict({ours: joined(ours, theirs, found) for ours, theirs in layers(net)})
     except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{place / WEIGHTS} does not fit its config.json ({' '.join(str(error).split())[:200]})"
-        ) from None
+        raise UserError(f"{weights} does not fit its config.json ({' '.join(str(error).split())[:200]})") from None
     if found:
-        raise UserError(f"{place / WEIGHTS} has {min(found)}, of which its config.json knows nothing")
+        raise UserError(f"{weights} has {min(found)}, of which its config.json knows nothing")
     diffusion, guidable = diffusion_config(scheduler), unet.get(NO_CLASS) is True
     known = ImportedConfig(diffusion=diffusion, model=net.config, guidable=guidable)
     return net.eval().requires_grad_(False), known
+
+
+def _weights(folder: Path) -> Path:
+    """Raises UserError if a pipeline's weights are a pickle."""
+    place = folder / "unet" if (folder / "unet").is_dir() else folder
+    pickled = place / WEIGHTS.replace(".safetensors", ".bin")
+    if pickled.exists() and not (place / WEIGHTS).exists():
+        raise UserError(
+            f"{pickled} is a pickle, which can run any code: with diffusers, where you trust it, UNet2DModel"
+            f".from_pretrained({str(place)!r}).save_pretrained({str(place)!r}) writes {WEIGHTS}"
+        )
+    return place / WEIGHTS
 
 
 def unet_config(model: ModelConfig) -> dict[str, Any]:
@@ -285,7 +258,7 @@ def _write(folder: Path) -> str:
 
 def _read(folder: Path) -> str:
     net, known = read_pipeline(folder)
-    digest = sha256(((folder / "unet" if (folder / "unet").is_dir() else folder) / WEIGHTS).read_bytes())
+    digest = sha256(_weights(folder).read_bytes())
     about = {
         "weights": "imported",
         "step": 0,

@@ -1,6 +1,7 @@
-"""Which parameter of the U-Net is which of diffusers' UNet2DModel."""
+"""What of the U-Net is what in diffusers' UNet2DModel: its parameters, and the config of the networks they share."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,45 @@ from diffusion.model.layers import Downsample, Upsample
 from diffusion.model.unet import Block, UNet
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+UNET_FIXED: dict[str, Any] = {  # what this U-Net is, in diffusers' words; their defaults differ in part
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-6,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "attn_norm_num_groups": None,
+}
+SHAPE = ("sample_size", "in_channels", "block_out_channels", "layers_per_block", "down_block_types", "up_block_types")
+DEFAULTS = {  # diffusers' own, where a folder's config leaves a key out
+    "out_channels": 3,
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "attn_norm_num_groups": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "num_class_embeds": None,
+}
 
 
 def layers(net: UNet) -> Iterator[tuple[str, str]]:
