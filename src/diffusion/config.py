@@ -3,6 +3,7 @@
 Every key of params.yaml is a field here and every number lives there: the models have no defaults.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -53,6 +54,9 @@ class DataConfig(Section):
             yield "data.sources is empty: name at least one of local, mirrors, npm, official"
         if self.path is not None and "local" not in self.sources:
             yield "data.path is set but data.sources lacks local: add it, or set data.path: null"
+        if self.source.startswith("~"):
+            home = os.path.expanduser(self.source)  # noqa: PTH111
+            yield f"data.source = {self.source}: DVC, which hashes the images, does not know ~: write {home}"
 
 
 class DiffusionConfig(Section):

@@ -68,3 +68,10 @@ RUNS = ROOT / "runs"
 OPTUNA_DB = ROOT / "optuna/study.db"
 MLFLOW_DB = ROOT / "mlflow.db"
 MLFLOW_ARTIFACTS = ROOT / "mlartifacts"
+
+
+def named(path: str) -> Path:
+    """What a key of params.yaml names: ~ is the home folder, and what is relative lies in the repository, also where
+    DVC runs an experiment in a copy. data.source is the exception: DVC hashes it, knows no ~, and has it in the copy.
+    """
+    return ROOT / os.path.expanduser(path)  # noqa: PTH111 (Path.expanduser fails for an unknown user)

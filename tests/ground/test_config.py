@@ -158,6 +158,7 @@ def test_a_doubtful_pair_is_one_line(overrides: dict[str, object], words: str) -
         ({"sample.sampler": "euler"}, ["sample.sampler", "dpmpp_2m"]),
         ({"data.sources": ["internet"]}, ["data.sources", "mirrors"]),
         ({"data.sources": []}, ["data.sources"]),
+        ({"data.source": "~/photos"}, ["data.source = ~/photos", "DVC", f"write {Path.home()}/photos"]),
         ({"train.best_by": "fd_lite0"}, ["train.best_by", "train.evaluate_every"]),
         ({"evaluate.measures": []}, ["evaluate.measures", "frechet"]),
         ({"evaluate.measures": ["fid"]}, ["evaluate.measures", "precision_recall"]),

@@ -191,6 +191,16 @@ class TestReproduce:
         assert params_file.load(REPO / "params.yaml", read) == params
         assert set(command[5::2]) == {"-S"}
 
+    @pytest.mark.parametrize(
+        ("source", "given"), [("../photos", "{}/photos"), ("photos", "photos"), ("/a/photos", "/a/photos")]
+    )
+    def test_images_outside_are_given_by_their_whole_path(
+        self, monkeypatch: pytest.MonkeyPatch, source: str, given: str
+    ) -> None:
+        """The experiment's copy of the repository has other neighbours."""
+        command = self.asked(monkeypatch, params_file.load(REPO / "params.yaml", {"data.source": source}))
+        assert f'data.source="{given.format(Path.cwd().parent)}"' in command
+
     @pytest.mark.parametrize("recipe", sorted((REPO / "params").glob("*.yaml")), ids=lambda path: path.stem)
     def test_dvc_can_read_what_it_is_asked_for(self, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """By its own parser, which takes no keys in quotation marks, and no escapes."""

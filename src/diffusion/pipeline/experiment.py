@@ -25,6 +25,9 @@ def reproduce(params: Params) -> int:
     file = flat(load(paths.PARAMS))
     # The search is no stage, and DVC could not read what its space is.
     changed = {key: value for key, value in flat(params).items() if value != file[key] and key.split(".")[0] != "tune"}
+    source = Path(params.data.source).resolve()
+    if changed and not source.is_relative_to(Path.cwd()):  # else ../photos would be looked for beside the copy
+        changed["data.source"] = str(source)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # the stages' `python` is this one
     status = subprocess.run([sys.executable, "-m", "dvc", *_arguments(changed)], env={**os.environ, "PATH": path})
     if not changed and not status.returncode and params.tracking.enabled:

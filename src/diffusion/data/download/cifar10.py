@@ -61,6 +61,7 @@ def download(
     """
     downloads = downloads or paths.DOWNLOADS
     if Path(config.source) != paths.CIFAR10:
+        _check_is_here(config.source)
         _say(f"data.source = {config.source}: CIFAR-10 is not needed")
         folder.mkdir(parents=True, exist_ok=True)  # DVC expects the stage's output
         return
@@ -82,13 +83,23 @@ def download(
     raise UserError(_all_failed(failures, layout))
 
 
+def _check_is_here(source: str) -> None:
+    """Raises UserError if an experiment's copy of the repository lacks the images: no later stage could say so."""
+    there = paths.ROOT / source
+    if not Path(source).exists() and there.exists():
+        raise UserError(
+            f"data.source = {source} is not in {Path.cwd()}, the copy in which DVC runs this experiment: track it with "
+            f"Git or `dvc add`, or give its whole path, {there.resolve()}"
+        )
+
+
 # --- sources
 
 
 def _from_local(path: str, layout: Layout) -> Splits:
     try:
-        return verified(read_local(paths.ROOT / Path(path).expanduser(), layout), layout)
-    except (SourceError, RuntimeError) as error:  # RuntimeError: the home folder of an unknown user
+        return verified(read_local(paths.named(path), layout), layout)
+    except SourceError as error:
         wanted = f"give a {ARCHIVE} (or .tar), an extracted cifar-10-batches-py, the folder with either, or null"
         raise UserError(f"data.path = {path}: {error}; {wanted}") from None
 

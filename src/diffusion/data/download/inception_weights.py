@@ -32,7 +32,7 @@ def at_hand(config: EvaluateConfig, folder: Path | None = None) -> Path | None:
         UserError: a file was named and is not there, or the one in `folder` is damaged.
     """
     if config.inception_weights is not None:
-        named = paths.ROOT / Path(config.inception_weights).expanduser()
+        named = paths.named(config.inception_weights)
         if not named.is_file():
             raise UserError(f"evaluate.inception_weights = {config.inception_weights}: no such file")
         return named
