@@ -215,6 +215,7 @@ def test_micro_batches_add_up_to_the_batch(tiny, tiny_data, tmp_path: Path, micr
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_within_the_noise_of_seeds(tiny, tiny_data, tmp_path: Path) -> None:
     """Mean loss of each third of 60 steps: the two precisions differ, on every seed, by less than a fifth of the
     standard deviation over seeds.

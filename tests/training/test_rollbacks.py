@@ -80,12 +80,12 @@ def test_three_rollbacks_without_recovery_end_in_a_clear_line(
     assert trainer.progress.skipped == 40
 
 
-@pytest.mark.parametrize("bad", [{2}, range(3, 9), range(6, 17)], ids=str)
+@pytest.mark.parametrize("bad", [range(3, 9), range(6, 17)], ids=str)
 def test_losses_read_late_change_nothing_but_the_time_of_a_rollback(
-    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range | set[int]
+    tiny, tiny_data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: range
 ) -> None:
     """As on a GPU: losses are read every tenth step and when a row is due, here every eighth; stopped on the way."""
-    config = trained(tiny(**{"train.steps": 30, "train.checkpoint_every": 5, "train.log_every": 8}))
+    config = trained(tiny(**{"train.steps": 22, "train.checkpoint_every": 5, "train.log_every": 8}))
 
     def run(folder: Path, late: bool, stop: int = 0) -> Trainer:
         trainer = Trainer(config, tiny_data, folder, CPU)
@@ -105,7 +105,7 @@ def test_losses_read_late_change_nothing_but_the_time_of_a_rollback(
     run(tmp_path / "parts", late=True, stop=13)
     resumed = run(tmp_path / "parts", late=True)
     for other in (exact, resumed):
-        assert other.progress.step == late.progress.step == 30
+        assert other.progress.step == late.progress.step == 22
         for name in ("rollbacks", "bad_in_a_row"):
             assert getattr(other.progress, name) == getattr(late.progress, name), name
     for a, b in zip(late.net.parameters(), resumed.net.parameters(), strict=True):
