@@ -100,7 +100,7 @@ def wait_for(address: str) -> None:
 def measure(steps: int) -> dict[str, Any]:
     """Run the shortened training in the working folder with a clock on each part."""
     from diffusion.pipeline import train
-    from diffusion.tracking import mlflow_tracker
+    from diffusion.tracking import mlflow_copy
     from diffusion.training import loop
 
     full = params_file.load("params.yaml").train
@@ -114,8 +114,8 @@ def measure(steps: int) -> dict[str, Any]:
     clock.watch(train, "write_previews", "previews")
     clock.watch(train, "_open_run", "start")
     clock.watch(train, "_show", "metrics and curves")
-    clock.watch(mlflow_tracker.JournalledTracker, "finish", "close")
-    background = watch_thread(mlflow_tracker.MlflowTracker)
+    clock.watch(mlflow_copy.CopiedJournal, "finish", "close")
+    background = watch_thread(mlflow_copy.CopiedJournal)
     train.train_model(params)
     return shares(clock, background[0], steps, full)
 
@@ -124,9 +124,9 @@ def watch_thread(tracker: Any) -> list[float]:
     """Processor's seconds of the trackers' threads so far, in a list of one."""
     inner, seconds = tracker._work, [0.0]
 
-    def work(self: Any, lane: Any) -> None:
+    def work(self: Any) -> None:
         start = time.thread_time()
-        inner(self, lane)
+        inner(self)
         seconds[0] += time.thread_time() - start
 
     tracker._work = work

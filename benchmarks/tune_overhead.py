@@ -49,7 +49,7 @@ def main(inside: bool) -> None:
 
 def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
-    from diffusion.tracking import journal, mlflow_tracker, runs
+    from diffusion.tracking import mlflow_copy, runs, tracker
     from diffusion.training import loop
     from diffusion.tuning import report, search, store, study, trial, worker
 
@@ -64,14 +64,14 @@ def measure() -> dict[str, Any]:
     clock.watch(trial.Attempt, "report")
     clock.watch(trial.Line, "show", "line")
     clock.watch(runs, "open_run", "tracking: open")
-    clock.watch(journal.NullTracker, "_emit", "tracking: events")
-    clock.watch(mlflow_tracker.JournalledTracker, "finish", "tracking: close")
+    clock.watch(tracker.Tracker, "_emit", "tracking: events")
+    clock.watch(mlflow_copy.CopiedJournal, "finish", "tracking: close")
     clock.watch(loop.Trainer, "step")
     clock.watch(trial, "common_error")
     marks = [mark(clock)]
     job = worker.Job("0" * 16, params, store.storage_url(params.tune), run_id=None, prepare=trial.Trainings)
     worker.work(job, 0, lambda: False, after=lambda: marks.append(mark(clock)))
-    ledger = report.Ledger(study.SharedStudy(job.study, params, job.url), journal.NullTracker())
+    ledger = report.Ledger(study.SharedStudy(job.study, params, job.url), tracker.Tracker())
     start = time.perf_counter()
     for _ in range(LOOKS):
         search.look(ledger)

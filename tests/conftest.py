@@ -21,7 +21,7 @@ from helpers.studies import place as place  # a fixture
 
 from diffusion import config, params_file, paths
 from diffusion.data.dataset import Dataset
-from diffusion.tracking import mlflow_tracker
+from diffusion.tracking import mlflow_copy
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -146,5 +146,5 @@ def empty_database(once: Callable[..., Path]) -> Path:
 def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copyfile(empty_database, paths.MLFLOW_DB)
     monkeypatch.setattr(paths, "MLFLOW_ARTIFACTS", tmp_path / "ml artifacts")
-    monkeypatch.setattr(mlflow_tracker, "GATHER_SECONDS", 0.02)
+    monkeypatch.setattr(mlflow_copy, "GATHER_SECONDS", 0.02)
     return paths.MLFLOW_DB

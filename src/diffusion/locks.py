@@ -1,17 +1,21 @@
-"""Work that one process at a time may do."""
+"""Work that one process at a time may do, and whether a process still runs."""
 
 import contextlib
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import psutil
 from filelock import FileLock, Timeout
 
 from diffusion import paths
-from diffusion.distributed import World
 from diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusion.distributed import World
 
 TOLD_SECONDS = 60.0  # between two signs of life to the ranks that wait with rank 0: their collectives time out
 
@@ -66,7 +70,7 @@ def only_trainer(folder: Path, *, wait: bool = False, waiting: Callable[[], obje
 
 def enter_exclusive(
     held: contextlib.ExitStack,
-    world: World,
+    world: "World",
     lock: Callable[[Callable[[], object]], contextlib.AbstractContextManager[None]],  # given what it calls, waiting
 ) -> None:
     """Rank 0 enters `lock` until `held` ends, and the others wait with it, however long that takes."""
@@ -78,13 +82,35 @@ def enter_exclusive(
             pass
 
 
+def this_process() -> dict[str, str]:
+    """Tags by which this process can be told to be running."""
+    process = {"pid": str(os.getpid()), "pid.started": f"{psutil.Process().create_time():.0f}"}
+    return {"host": socket.gethostname(), "machine": machine(), **process}
+
+
+def is_running(tags: Mapping[str, str]) -> bool:
+    """Whether the process of these tags (see `this_process`) runs; those of other machines are taken to."""
+    if tags.get("machine", machine()) != machine() or not tags.get("pid", "").isdigit():
+        return True
+    try:
+        process = psutil.Process(int(tags["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        started = process.create_time()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.Error:
+        return True
+    return abs(started - float(tags.get("pid.started", started))) < 2  # else the number has been given anew
+
+
 def machine() -> str:
     """Where a process's number means that process: the host since its start, and there the container.
 
     Cloned hosts and containers may share a name.
     """
-    known = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # Linux alone
+    known = [socket.gethostname().replace("'", "")]
+    with contextlib.suppress(OSError):  # Linux has these
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         known.append(str(Path("/proc/self/ns/pid").readlink()))
     return " ".join(known)

@@ -24,7 +24,7 @@ from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import StopRequest, UserError
 from diffusion.params_file import load
 from diffusion.pipeline.train import _loop
-from diffusion.tracking.journal import NullTracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.training import checkpoint
 from diffusion.training.loop import Trainer, train
 
@@ -129,7 +129,7 @@ def stopped(world: World, device: torch.device, config: TrainedConfig, data: Dat
 
     trainer.step = step  # type: ignore[method-assign]
     with StopRequest() as stop:
-        ending = ending_of(lambda: _loop(trainer, NullTracker(), stop))
+        ending = ending_of(lambda: _loop(trainer, Tracker(), stop))
     return {"step": trainer.progress.step, "ending": ending}
 
 

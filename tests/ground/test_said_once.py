@@ -15,7 +15,7 @@ from helpers.project import REPO
 from diffusion import paths
 from diffusion.sampling.partial import PartialSamples
 from diffusion.tracking import lineage, provenance
-from diffusion.tracking.journal import MEMORY, Journal, mark_sent, remember
+from diffusion.tracking.journal import Journal, note
 
 SOURCES = [*REPO.glob("src/diffusion/**/*.py"), *REPO.glob("stages/*.py"), REPO / "bootstrap.py"]
 
@@ -46,15 +46,11 @@ def test_a_journal_that_does_not_reach_the_disk(
     assert len(lines(capsys)) == count  # a file system without fsync has done what it can
 
 
-def test_what_stays_beside_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "journal.sent").mkdir()
-    mark_sent(tmp_path / "journal.jsonl", 7)
+def test_a_mark_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    note(tmp_path / "journal.jsonl", "sent", ["a"])
     (line,) = lines(capsys)
     assert "is sent again" in line
-    (tmp_path / MEMORY).mkdir()
-    remember(tmp_path / "journal.jsonl", "0" * 32)
-    (line,) = lines(capsys)
-    assert "opens another MLflow run" in line
 
 
 def test_a_git_that_hangs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,8 @@ from helpers.preloaded import Command
 
 from diffusion.config import TrackingConfig
 from diffusion.serving.registry import register
-from diffusion.tracking import mlflow_store, mlflow_tracker, runs
-from diffusion.tracking import sync as journals
-from diffusion.tracking.journal import Status, Tracker
+from diffusion.tracking import mlflow_copy, mlflow_store, runs
+from diffusion.tracking.tracker import Status, Tracker
 
 CONFIG = TrackingConfig(enabled=True, experiment="test experiment")
 SECONDS = 120.0  # a join that takes longer has hung
@@ -61,10 +60,8 @@ def open_run(folder: Path, **kwargs: Any) -> Tracker:
 
 
 def sync(journal: Path, client: Any = None) -> str:
-    """As `make sync` does with each journal; it waits for a server that answers late because the machine is busy."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlflow_tracker, "CLOSE_SECONDS", SECONDS)
-        return journals.sync(journal, client or mlflow_store.connect(), register)
+    """As `make sync` does with each journal."""
+    return mlflow_copy.sync(journal, client or mlflow_store.connect(), register)
 
 
 def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -9,7 +9,8 @@ from helpers.locked import locked
 
 from diffusion import paths
 from diffusion.pipeline.run_folders import main
-from diffusion.tracking.journal import Event, Journal, mark_sent
+from diffusion.tracking.journal import Journal, note
+from diffusion.tracking.tracker import Event
 
 NAMES = {letter: letter * 16 for letter in "abcdef"}
 
@@ -71,7 +72,7 @@ def test_what_a_result_needs_stays(workspace: Path) -> None:
     card(paths.SAMPLES_CARD, "b")
     journal(paths.RUNS / NAMES["d"])
     sent = journal(paths.RUNS / NAMES["f"])
-    mark_sent(paths.RUNS / NAMES["f"] / "journal.jsonl", sent.seq)
+    note(paths.RUNS / NAMES["f"] / "journal.jsonl", "sent", [sent.session])
     assert "unsent: make sync" in said()
     with locked(paths.RUNS / NAMES["e"] / "lock", seconds=2):
         assert "removed ffffffffffffffff\n" in said("--remove", "--yes")

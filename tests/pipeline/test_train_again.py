@@ -14,7 +14,8 @@ from helpers.preloaded import Command
 
 from diffusion import paths
 from diffusion.tracking import runs
-from diffusion.tracking.journal import NullTracker
+from diffusion.tracking.journal import JOURNAL, note, remembered, sessions
+from diffusion.tracking.tracker import Tracker
 from diffusion.training import checkpoint, previews
 
 
@@ -35,7 +36,8 @@ def test_an_exported_model_is_the_trainings_whoever_exports_it(workspace: Path) 
     commit("one")
     write_params()
     run_all("prepare", "train")
-    (run_folder() / "mlflow_run_id").write_text("a1b2\n")  # as the tracker leaves it
+    journal = run_folder() / JOURNAL
+    note(journal, "run", [sessions(journal)[0].opened.session], run_id="a1b2")  # as `make sync` leaves it
     run_all("train")
     card, weights, metrics = paths.MODEL_CARD.read_bytes(), paths.MODEL.read_bytes(), paths.TRAIN_METRICS.read_bytes()
     assert json.loads(card)["run_id"] == "a1b2"
@@ -92,11 +94,11 @@ def test_no_tracker_a_journal_or_mlflow_give_the_same_bytes(
     for tracked in ("mlflow", "journal", "none"):
         with monkeypatch.context() as patch:
             if tracked == "none":
-                patch.setattr(runs, "open_run", lambda *_, **__: NullTracker())
+                patch.setattr(runs, "open_run", lambda *_, **__: Tracker())
             result = run("train", "--tracking.enabled", "true" if tracked == "mlflow" else "false")
         assert result.exit_code == 0, result.output
         folder = run_folder()
-        assert (folder / "mlflow_run_id").exists() == (tracked == "mlflow")
+        assert bool(remembered(folder / JOURNAL)) == (tracked == "mlflow")
         assert (folder / "journal.jsonl").exists() == (tracked != "none")
         found.append((paths.MODEL.read_bytes(), paths.LOSS_CSV.read_bytes(), paths.VAL_LOSS_CSV.read_bytes()))
         shutil.rmtree(paths.RUNS)

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion import config, params_file
 from diffusion.pipeline import train
-from diffusion.tracking.journal import NullTracker
+from diffusion.tracking.tracker import Tracker
 
 
 def test_the_params_file_that_is_uploaded_has_no_passwords(
@@ -15,7 +15,7 @@ def test_the_params_file_that_is_uploaded_has_no_passwords(
 ) -> None:
     monkeypatch.setattr(train, "_described_data", lambda: dict.fromkeys(("name", "digest", "source"), ""))
     params = tiny(**{"tune.storage": "postgresql://me:secret@host/db"})
-    train._describe(params, tmp_path, NullTracker())
+    train._describe(params, tmp_path, Tracker())
     uploaded = params_file.load(tmp_path / "params.yaml")
     assert uploaded.tune.storage is None
     assert "secret" not in (tmp_path / "params.yaml").read_text()

@@ -20,7 +20,7 @@ from diffusion.pipeline import evaluate
 from diffusion.sampling import generation
 from diffusion.serving import logged_model, registry, server
 from diffusion.tracking import mlflow_store
-from diffusion.tracking.journal import NullTracker
+from diffusion.tracking.tracker import Tracker
 
 pytest.importorskip("mlflow")
 
@@ -68,7 +68,7 @@ def test_scores_that_decide_nothing_are_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     card = read_card(write_model(tmp_path / "models", params_of()))
-    evaluate._register("faces", card, params_of().sample.model_dump(mode="json"), "c", {"about": []}, NullTracker())
+    evaluate._register("faces", card, params_of().sample.model_dump(mode="json"), "c", {"about": []}, Tracker())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: evaluate.measures lacks frechet")
 

@@ -13,7 +13,8 @@ from helpers.stores import warnings
 
 from diffusion.config import TrackingConfig
 from diffusion.tracking import provenance, runs
-from diffusion.tracking.journal import MEMORY, Journal, NullTracker, Tracker, mark_sent, read_journal, remember
+from diffusion.tracking.journal import Journal, read_journal, remembered, sessions
+from diffusion.tracking.tracker import Event, Tracker
 
 pytest.importorskip("mlflow")
 
@@ -29,12 +30,7 @@ class TestJournal:
         journal.close("FAILED", "why")
         journal.metrics({"late": 1.0}, 8)  # ignored
         lines = [json.loads(line, parse_constant=pytest.fail) for line in on_disk_before_close.splitlines()]
-        assert [(line["seq"], line["kind"]) for line in lines] == [
-            (1, "params"),
-            (2, "metrics"),
-            (3, "tags"),
-            (4, "artifact"),
-        ]
+        assert [line["kind"] for line in lines] == ["params", "metrics", "tags", "artifact"]
         assert lines[0]["data"] == {"train.lr": 0.0015, "data.sources": ["local"], "data.path": None}
         assert lines[1]["data"] == {
             "step": 7,
@@ -57,11 +53,40 @@ class TestJournal:
             file.write(b'{"seq": 3, "time": 17, "kind": "metr')
         second = Journal(path)
         second.metrics({"loss": 2.0}, 2)
-        assert [(event.seq, event.kind) for event in read_journal(path)] == [
-            (1, "metrics"),
-            (2, "close"),
-            (3, "metrics"),
+        assert [(event.kind, event.data.get("step")) for event in read_journal(path)] == [
+            ("metrics", 1),
+            ("close", None),
+            ("metrics", 2),
         ]
+
+    def test_sessions_that_write_at_once_are_told_apart(self, tmp_path: Path) -> None:
+        path = tmp_path / "journal.jsonl"
+        both = [Journal(path), Journal(path)]
+        for journal in both:
+            journal.record(Event("open", {"stage": "train", "run_id": None, "asked_run_id": None}, 1))
+        for step in range(3):
+            both[step % 2].metrics({"loss": float(step)}, step)
+        first, second = sessions(path)
+        assert [event.data["step"] for event in first.events] == [0, 2]
+        assert [event.data["step"] for event in second.events] == [1]
+
+    def test_a_journal_of_version_0_1_is_read(self, tmp_path: Path) -> None:
+        """Its lines are numbered, and its sessions have no names."""
+        path, opened = tmp_path / "journal.jsonl", {"stage": "train", "asked_run_id": None, "tags": {"host": "h"}}
+        lines = [
+            ("open", {**opened, "run_id": "r1"}),
+            ("metrics", {"step": 1, "values": {"loss": 1.0}}),
+            ("open", {**opened, "run_id": "r2"}),
+            ("metrics", {"step": 2, "values": {"loss": "nan"}}),
+            ("close", {"status": "FINISHED", "message": ""}),
+        ]
+        rows = [{"seq": n, "time": n, "kind": kind, "data": data} for n, (kind, data) in enumerate(lines, 1)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        first, second = sessions(path)
+        assert ([e.kind for e in first.events], first.is_closed) == (["metrics"], False)
+        assert ([e.kind for e in second.events], second.is_closed) == (["metrics", "close"], True)
+        assert math.isnan(second.events[0].data["values"]["loss"])
+        assert remembered(path) == "r2"
 
     def test_unwritable_folder_is_one_warning(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").write_text("")
@@ -95,8 +120,9 @@ class TestJournal:
             "model": (picture, {"name": "m"}),
             "close": ("FINISHED",),
         }
-        assert set(calls) == {name for name in vars(Tracker) if name[0] != "_"} - {"run_id"}
-        tracker = NullTracker()
+        inner = {"run_id", "is_new", "record", "finish"}
+        assert set(calls) == {name for name in vars(Tracker) if name[0] != "_"} - inner
+        tracker = Tracker()
         for name, arguments in calls.items():
             assert getattr(tracker, name)(*arguments) in (None, picture), name
         assert tracker.run_id is None
@@ -121,10 +147,7 @@ class TestJournal:
             synced.clear()
             for changed in (file, folder / "inner"):
                 changed.write_text(text)
-            remember(path, text)
-            mark_sent(path, int(text))
             beside = [journal.keep(file, "a"), journal.keep(folder, "b") / "inner"]
-            beside += [path.with_name(MEMORY), path.with_suffix(".sent")]
             for found in beside:
                 assert found.read_text().strip() == text
                 assert synced.get(found.stat().st_ino) == found.stat().st_size, f"{found.name} is not on the disk"

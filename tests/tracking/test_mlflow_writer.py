@@ -1,8 +1,5 @@
 """What an MLflow store holds after events were written to it, once or twice; against a real store."""
 
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,8 @@ import pytest
 from helpers.stores import client_of, close_in_time, open_run, sync, warnings
 from PIL import Image
 
-from diffusion.tracking import mlflow_store, mlflow_tracker, mlflow_writer
-from diffusion.tracking.journal import Journal, read_journal
+from diffusion.tracking import mlflow_store, mlflow_writer
+from diffusion.tracking.journal import Journal, read_journal, remembered
 from diffusion.tracking.mlflow_writer import RunWriter, SystemMetrics
 
 pytest.importorskip("mlflow")
@@ -35,10 +32,8 @@ def send_again(journal: Path, run_id: str) -> None:
     """As a replay does whose mark was lost."""
     writer = RunWriter(mlflow_store.connect(), run_id)
     for event in read_journal(journal):
-        if event.kind in mlflow_tracker.FILES:
-            writer.upload([event])
-        elif event.kind not in ("open", "close"):
-            writer.send([event])
+        if event.kind not in ("open", "close", "sent"):
+            writer.write([event])
 
 
 def stored(database: Path, run_id: str, folder: str) -> list[str]:
@@ -101,7 +96,8 @@ def test_a_file_is_kept_as_it_was(database: Path, tmp_path: Path, monkeypatch: p
     (figures / "a.png").unlink()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     sync(tmp_path / "run/journal.jsonl")
-    run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+    run_id = remembered(tmp_path / "run/journal.jsonl")
+    assert run_id
     files = tmp_path / "ml artifacts" / run_id / "artifacts"
     assert (files / "curves/loss.csv").read_text() == "of this run"
     assert (files / "drawn/a.png").exists()
@@ -142,32 +138,3 @@ def test_a_monitor_that_fails_is_dropped_and_named_once(
         assert "system/cpu_utilization_percentage" not in read
     said = [line.split("(")[0] for line in warnings(capsys)]
     assert said == [f"tracking: no system metrics of {name} " for name in ("NetworkMonitor", "CPUMonitor")]
-
-
-def test_files_may_take_longer_than_other_requests(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: Path
-) -> None:
-    """A real upload to a server whose answer takes longer than MLFLOW_HTTP_REQUEST_TIMEOUT."""
-    mlflow_store.connect()
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    got: list[bytes] = []
-
-    class Slow(BaseHTTPRequestHandler):
-        def do_PUT(self) -> None:
-            got.append(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(3)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"{}")
-
-        def log_message(self, *_: object) -> None:
-            """Quiet."""
-
-    (tmp_path / "f").write_text("a file")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as slow:
-        threading.Thread(target=slow.serve_forever, daemon=True).start()
-        place = f"http://127.0.0.1:{slow.server_port}/api/2.0/mlflow-artifacts/artifacts/1"
-        artifact_repository(place).log_artifact(str(tmp_path / "f"))
-        slow.shutdown()
-    assert got == [b"a file"]

@@ -25,7 +25,9 @@ from helpers.stores import (
     wait_for,
 )
 
-from diffusion.tracking import mlflow_store, mlflow_tracker, retry_queue, runs
+from diffusion import locks
+from diffusion.config import TrackingConfig
+from diffusion.tracking import mlflow_copy, mlflow_store, runs
 from diffusion.tracking.journal import remembered
 from diffusion.tracking.mlflow_writer import RunWriter
 
@@ -66,7 +68,7 @@ class TestReplay:
     def test_the_run_is_named_and_tagged_as_the_training_was(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
     ) -> None:
-        """The server was away during two sittings of it; the later one is of another commit."""
+        """The server was away during two sessions of it; the later one is of another commit."""
         journal = tmp_path / "run/journal.jsonl"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         for commit in ("c1", "c2"):
@@ -113,11 +115,12 @@ class TestReplay:
             assert client_of(database).get_run(run_id).info.status == "FAILED"
             assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
             assert sync(journal, client) == "up to date"
-            journal.with_suffix(".sent").write_text("")  # as a power cut may leave it
+            lines = [line for line in journal.read_bytes().splitlines(keepends=True) if b'"sent"' not in line]
+            journal.write_bytes(b"".join(lines))  # as a power cut may leave it
             assert sync(journal, client).startswith("sent 10")
         assert stored_points(database, run_id) == journal_points(journal)
 
-    def test_sync_makes_one_run_of_sittings_without_any(
+    def test_sync_makes_one_run_of_sessions_without_any(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -128,7 +131,7 @@ class TestReplay:
             close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         sync(journal)
-        run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+        run_id = remembered(journal)
         assert stored_points(database, run_id) == journal_points(journal)
         client = client_of(database)
         experiment = client.get_experiment_by_name(CONFIG.experiment)
@@ -138,7 +141,7 @@ class TestReplay:
     def test_more_than_an_outage_may_hold_in_memory_is_sent(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(retry_queue, "MAX_WAITING", 20)
+        monkeypatch.setattr(mlflow_copy, "MAX_WAITING", 20)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         journal = tmp_path / "run/journal.jsonl"
         tracker = open_run(tmp_path / "run")
@@ -147,18 +150,18 @@ class TestReplay:
         close_in_time(tracker)
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         assert sync(journal) == "sent 51 events"
-        run_id = (tmp_path / "run/mlflow_run_id").read_text().strip()
+        run_id = remembered(journal)
         assert stored_points(database, run_id) == journal_points(journal)
 
     def fail_while_sending(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-        """A sitting whose store goes away after its run was opened: the run's id."""
+        """A session whose store goes away after its run was opened: the run's id."""
 
         def down(*_: Any) -> None:
             raise ConnectionError("nobody there")
 
         with monkeypatch.context() as patch:
-            patch.setattr(mlflow_tracker, "CLOSE_SECONDS", 0.2)
-            patch.setattr(RunWriter, "send", down)
+            patch.setattr(mlflow_copy, "CLOSE_SECONDS", 0.2)
+            patch.setattr(RunWriter, "write", down)
             tracker = open_run(folder)
             for step in range(20):
                 tracker.metrics({"loss": float(step)}, step)
@@ -248,10 +251,46 @@ class TestDeadRuns:
         """Killed, and its parent has not asked for its end yet."""
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         started = psutil.Process(process.pid).create_time()
-        tags = {"host": socket.gethostname(), "pid": str(process.pid), "pid.started": f"{started:.0f}"}
-        assert mlflow_store.is_alive(tags)
+        tags = {"machine": locks.machine(), "pid": str(process.pid), "pid.started": f"{started:.0f}"}
+        assert locks.is_running(tags)
         process.kill()
         wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
-        assert not mlflow_store.is_alive(tags)
+        assert not locks.is_running(tags)
         process.wait()
-        assert not mlflow_store.is_alive(tags)
+        assert not locks.is_running(tags)
+
+
+class TestPrivate:
+    """What was recorded with tracking.enabled: false is for this machine only, whoever asks later."""
+
+    def test_it_is_never_sent(self, database: Path, tmp_path: Path) -> None:
+        journal = tmp_path / "run/journal.jsonl"
+        off = TrackingConfig(enabled=False, experiment=CONFIG.experiment)
+        private = runs.open_run(off, name="secret", run_folder=tmp_path / "run")
+        private.metrics({"loss": 1.0}, 1)
+        private.close("FINISHED")
+        said = sync(journal)
+        assert said == "up to date, but for what was recorded with tracking.enabled: false, which stays here"
+        assert client_of(database).get_experiment_by_name(CONFIG.experiment) is None
+        later = runs.attach(CONFIG, None, stage="sample", journal=journal)
+        later.metrics({"sample/seconds": 2.0}, 1)
+        close_in_time(later)
+        assert [key for key, *_ in stored_points(database, later.run_id or "")] == ["sample/seconds"]
+        assert client_of(database).get_run(later.run_id).info.run_name == "sample"
+
+
+class TestMachines:
+    """A process's number means that process on its own machine alone, whatever the machine is called."""
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_a_container_of_the_same_name_is_another_machine(
+        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+    ) -> None:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        machine = locks.machine() if same else f"{locks.machine()} of another container"
+        tags = {"host": socket.gethostname(), "machine": machine, "pid": str(gone.pid), "pid.started": "1"}
+        client = client_of(database)
+        run = client.create_run(client.create_experiment(CONFIG.experiment), tags=tags).info.run_id
+        close_in_time(open_run(tmp_path / "run"))
+        assert client.get_run(run).info.status == ("KILLED" if same else "RUNNING")

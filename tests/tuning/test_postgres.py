@@ -9,7 +9,7 @@ from helpers.postgres import needs_postgres
 from helpers.postgres import server as postgres_server
 from helpers.stores import close_in_time, free_port, journal_points, open_run, server, sync, wait_for
 
-from diffusion.tracking import retry_queue
+from diffusion.tracking import mlflow_copy
 
 pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.postgres, pytest.mark.slow, needs_postgres]
@@ -34,7 +34,7 @@ def stored_points(url: str, run_id: str) -> list[Point]:
 def test_a_server_that_is_killed_and_started_again_has_all_of_the_journal(
     database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry_queue, "MAX_BACKOFF_SECONDS", 0.5)
+    monkeypatch.setattr(mlflow_copy, "MAX_PAUSE_SECONDS", 0.5)
     for name in ("early", "late"):
         (tmp_path / name).write_text(f"a {name} file")
     served, journal, port = tmp_path / "served", tmp_path / "run/journal.jsonl", free_port()

@@ -33,7 +33,7 @@ from optuna.exceptions import StorageInternalError
 from diffusion import config, paths
 from diffusion.errors import StopRequest, UserError
 from diffusion.metrics.reference import Reference
-from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.progress import Record
@@ -268,7 +268,7 @@ def test_machines_that_begin_together_have_one_run(
     params, created = tiny(**TUNE), list[str]()
 
     def slow(*_: object, run_id: str | None, **__: object) -> Tracker:
-        tracker = NullTracker()
+        tracker = Tracker()
         tracker.run_id = run_id or f"run {len(created)}"
         created.append(tracker.run_id)
         time.sleep(0.5)

@@ -15,7 +15,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from diffusion import config, params_file, paths
-from diffusion.tracking.journal import NullTracker, Tracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.tuning import apply, report, search, trial
@@ -57,7 +57,7 @@ def test_a_best_that_was_found_between_sittings_is_told_the_studys_run(
 ) -> None:
     """By a worker that ended after its parent."""
     tagged: dict[str, str] = {}
-    monkeypatch.setattr(NullTracker, "tags", lambda self, tags: tagged.update(tags))
+    monkeypatch.setattr(Tracker, "tags", lambda self, tags: tagged.update(tags))
     params = tiny(**TUNE | {"tune.trials": 1})
     shared = SharedStudy("0" * 16, params, storage_url(params.tune))
     trial = shared.claim()

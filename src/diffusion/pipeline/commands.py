@@ -11,8 +11,8 @@ from diffusion.model.card import read_card
 from diffusion.serving.registry import register
 from diffusion.tracking.journal import JOURNAL
 from diffusion.tracking.lineage import of_model, of_run
+from diffusion.tracking.mlflow_copy import sync as send
 from diffusion.tracking.mlflow_store import connect
-from diffusion.tracking.sync import sync as send
 
 
 @click.command()

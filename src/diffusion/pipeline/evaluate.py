@@ -19,7 +19,8 @@ from diffusion.model.card import read_card
 from diffusion.serving import registry
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
-from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker
+from diffusion.tracking.journal import JOURNAL
+from diffusion.tracking.tracker import Tracker
 
 MADE_BY = ("fingerprint", "run_id", "step")  # what the samples' card has of the model's
 CARD = ("config", *MADE_BY)  # what is read of the samples' card here
@@ -40,7 +41,7 @@ def evaluate(params: Params) -> None:
         run = paths.RUNS / about["fingerprint"]
         lock = only_process(run / "evaluate.lock", "is scoring samples of this model", wait=True)
         world.together(lambda: held.enter_context(lock) if world.is_main else None)
-        tracker: Tracker = NullTracker()
+        tracker: Tracker = Tracker()
         if world.is_main:
             card, journal = {**made_by, **about}, run / JOURNAL
             tracker = runs.attach(

@@ -12,8 +12,8 @@ from diffusion.config import Params, flat
 from diffusion.model.card import read_card
 from diffusion.params_file import load
 from diffusion.tracking import mlproject_run
-from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect
+from diffusion.tracking.tracker import warn
 
 
 def reproduce(params: Params) -> int:

@@ -39,7 +39,8 @@ from diffusion.sampling.partial import PartialSamples, missing
 from diffusion.sampling.samplers import evaluations
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
-from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker
+from diffusion.tracking.journal import JOURNAL
+from diffusion.tracking.tracker import Tracker
 
 GRID_IMAGES = 64
 STRIP_IMAGES = 8
@@ -69,7 +70,7 @@ def sample(params: Params) -> None:
         identity = samples_identity(params, _digest(paths.MODEL), str(denoiser.dtype), device.type)
         partial = PartialSamples(run / f"samples-{identity}")
         enter_exclusive(held, world, lambda waiting: _only_one(partial.folder, waiting))
-        tracker = _attach(params, card, run) if world.is_main else NullTracker()
+        tracker = _attach(params, card, run) if world.is_main else Tracker()
         with runs.closing_status(tracker, "sample"):
             tracker.params(flat(params.sample, "sample"))
             if not world.broadcast(_is_generated(identity) if world.is_main else None):

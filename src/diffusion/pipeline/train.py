@@ -24,9 +24,10 @@ from diffusion.params_file import write_yaml
 from diffusion.runtime import keep_freed_memory, peak_memory
 from diffusion.serving.registry import register
 from diffusion.tracking import runs
-from diffusion.tracking.journal import JOURNAL, NullTracker, Tracker, remembered
+from diffusion.tracking.journal import JOURNAL, remembered
 from diffusion.tracking.mlflow_writer import SystemMetrics
 from diffusion.tracking.provenance import origin
+from diffusion.tracking.tracker import Tracker
 from diffusion.training.ema import ema_decay
 from diffusion.training.identity import begin, fingerprint, identity
 from diffusion.training.loop import Trainer, train
@@ -60,7 +61,7 @@ def train_model(params: Params) -> None:
         trainer = Trainer(config, data, folder, device, world, score, made_by)
         if trainer.progress.step and world.is_main:
             print(f"resuming at step {trainer.progress.step} of {config.train.steps} ({folder.name})", file=sys.stderr)
-        tracker = _open_run(params, trainer, data.digest) if world.is_main else NullTracker()
+        tracker = _open_run(params, trainer, data.digest) if world.is_main else Tracker()
         with runs.closing_status(tracker, "train"):
             if world.is_main:
                 _describe(params, folder, tracker)

@@ -18,8 +18,8 @@ from diffusion import paths
 from diffusion.errors import UserError, brief
 from diffusion.params_file import load
 from diffusion.serving.logged_model import log_version
-from diffusion.tracking.journal import warn
 from diffusion.tracking.mlflow_store import connect
+from diffusion.tracking.tracker import warn
 
 WAY = ("sampler", "steps", "spacing", "eta", "variance", "clip_x0", "guidance", "labels")  # how a model is sampled
 

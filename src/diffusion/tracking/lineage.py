@@ -12,7 +12,8 @@ import click
 
 from diffusion import paths
 from diffusion.config import flat, trained_from_dict
-from diffusion.errors import UserError
+from diffusion.errors import UserError, brief
+from diffusion.tracking.journal import JOURNAL, remembered
 
 Row = tuple[str, object]
 
@@ -45,8 +46,7 @@ def of_run(run_id: str) -> list[Row]:
         run = client.get_run(run_id)
         kept = _files(client, run_id, "")
     except Exception as error:  # not installed, no network, unknown
-        reason = " ".join(f"{error}".split())[:160]
-        raise UserError(f"no run {run_id} ({reason}): give a run id, or a .safetensors file") from None
+        raise UserError(f"no run {run_id} ({brief(error, 160)}): give a run id, or a .safetensors file") from None
     rows: list[Row] = [("run", run.info.run_name), ("status", run.info.status), ("store", run.info.artifact_uri)]
     rows += [("artifact", path) for path in kept]
     rows += [("journal", memory.parent) for memory in _remembered(run_id)]
@@ -62,7 +62,7 @@ def _files(client: Any, run_id: str, folder: str) -> list[str]:
 
 
 def _remembered(run_id: str) -> list[Path]:
-    return [path for path in sorted(paths.RUNS.glob("*/mlflow_run_id")) if path.read_text().strip() == run_id]
+    return [path for path in sorted(paths.RUNS.glob(f"*/{JOURNAL}")) if remembered(path) == run_id]
 
 
 def _json(path: Path) -> dict[str, Any]:

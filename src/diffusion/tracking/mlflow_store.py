@@ -3,22 +3,20 @@
 import logging
 import os
 import re
-import socket
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import psutil
+import requests
 from filelock import FileLock
 
 from diffusion import paths
-from diffusion.tracking.journal import warn
-from diffusion.tracking.retry_queue import is_refusal
+from diffusion.locks import is_running, machine
+from diffusion.tracking.tracker import warn
 
-FILE_SECONDS = 300  # for the answer to an upload
+ALIVE_SECONDS = 2.0  # for the answer to a short request
 CREATE_SECONDS = 120.0  # for another process to make the database
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `make ui` opens on pages for LLMs
 
@@ -31,25 +29,13 @@ def connect() -> Any:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     }
     for key, value in wishes.items():  # read when mlflow is imported
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
-    _give_files_time()
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
     return MlflowClient(_anchored(os.environ.get("MLFLOW_TRACKING_URI", "")) or prepare_store())
-
-
-def _give_files_time() -> None:
-    """Let uploads and downloads take FILE_SECONDS: MLflow has one timeout for them and for the short requests."""
-    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
-    from mlflow.store.artifact import http_artifact_repo
-    from mlflow.utils.rest_utils import http_request
-
-    seconds = max(FILE_SECONDS, MLFLOW_HTTP_REQUEST_TIMEOUT.get())
-    vars(http_artifact_repo)["http_request"] = partial(http_request, timeout=seconds)
 
 
 def is_server(uri: str) -> bool:
@@ -57,9 +43,27 @@ def is_server(uri: str) -> bool:
     return uri.startswith(("http:", "https:", "databricks"))
 
 
-def is_embedded(uri: str) -> bool:
-    """Whether a tracking URI names a file of this machine: what it is slow at comes to an end."""
-    return uri.startswith("sqlite:")
+def answers(client: Any) -> bool:
+    """Whether the store is there, however slow: what is no server is, and a server that answers a short request."""
+    uri = client.tracking_uri
+    if not uri.startswith(("http:", "https:")):
+        return True
+    try:
+        requests.get(f"{uri.rstrip('/')}/health", timeout=ALIVE_SECONDS)
+    except requests.RequestException:
+        return False
+    return True
+
+
+class UnreadableError(Exception):
+    """A file on this machine cannot be read, so that it can never be sent."""
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether asking again would give the same answer."""
+    codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+    bugs = (UnreadableError, FileNotFoundError, TypeError, AttributeError, LookupError, UnicodeError)
+    return isinstance(error, bugs) or getattr(error, "error_code", None) in codes
 
 
 def prepare_store() -> str:
@@ -130,34 +134,11 @@ def has_run(client: Any, run_id: str) -> bool:
         return False
 
 
-def signature() -> dict[str, str]:
-    """Tags by which this process can be told to be alive."""
-    started = psutil.Process().create_time()
-    return {"host": socket.gethostname(), "pid": str(os.getpid()), "pid.started": f"{started:.0f}"}
-
-
-def is_alive(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags (see `signature`) runs; those of other hosts are taken to."""
-    if tags.get("host") != socket.gethostname() or not tags.get("pid", "").isdigit():
-        return True
-    try:
-        process = psutil.Process(int(tags["pid"]))
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        started = process.create_time()
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-    return abs(started - float(tags.get("pid.started", started))) < 2  # else the number has been given anew
-
-
 def close_dead_runs(client: Any, experiment_id: str) -> None:
-    """End the RUNNING runs of this host whose process is gone (SIGKILL, power cut) as KILLED."""
-    host = socket.gethostname().replace("'", "")
-    query = f"attributes.status = 'RUNNING' and tags.host = '{host}'"
+    """End the RUNNING runs of this machine whose process is gone (SIGKILL, power cut) as KILLED."""
+    query = f"attributes.status = 'RUNNING' and tags.machine = '{machine()}'"
     for run in client.search_runs([experiment_id], query, max_results=1000):
-        if not is_alive(run.data.tags):
+        if not is_running(run.data.tags):
             client.set_terminated(run.info.run_id, "KILLED")
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.tracking.journal import Event, warn
-from diffusion.tracking.retry_queue import POINTS_PER_BATCH, UnreadableError, brief
+from diffusion.errors import brief
+from diffusion.tracking.mlflow_store import UnreadableError
+from diffusion.tracking.tracker import Event, warn
 
-PAIRS_PER_BATCH = 100  # MLflow's limits
+POINTS_PER_BATCH = 1000  # MLflow's limits
+PAIRS_PER_BATCH = 100
 PARAM_CHARS = 6000
 TAG_CHARS = 8000
 DIGEST_CHARS = 36
@@ -29,9 +31,9 @@ class RunWriter:
 
     def __init__(self, client: Any, run_id: str, register: Register | None = None) -> None:
         """`register` writes models; without it an event that has one is kept in the journal."""
-        self._client, self.run_id, self._register = client, run_id, register
+        self.client, self.run_id, self._register = client, run_id, register
 
-    def send(self, batch: list[Event]) -> None:
+    def write(self, batch: list[Event]) -> None:
         """Write metric events, or one event of another kind."""
         from mlflow.entities import Metric, RunTag
 
@@ -46,21 +48,26 @@ class RunWriter:
         elif kind == "dataset":
             self._log_dataset(data)
         elif kind == "close":
-            if data["message"]:
-                self._client.set_tag(self.run_id, "error", data["message"][:TAG_CHARS])
-            elif data["status"] == "FINISHED" and "error" in self._client.get_run(self.run_id).data.tags:
-                self._client.delete_tag(self.run_id, "error")
-            self._client.set_terminated(self.run_id, data["status"], batch[0].time)
+            self._close(data, batch[0].time)
+        else:
+            self._upload(batch[0])
+
+    def _close(self, data: Mapping[str, Any], time: int) -> None:
+        if data["message"]:
+            self.client.set_tag(self.run_id, "error", data["message"][:TAG_CHARS])
+        elif data["status"] == "FINISHED" and "error" in self.client.get_run(self.run_id).data.tags:
+            self.client.delete_tag(self.run_id, "error")
+        self.client.set_terminated(self.run_id, data["status"], time)
 
     def _log(self, kind: str, entities: list[Any], most: int) -> None:
         for start in range(0, len(entities), most):
-            self._client.log_batch(self.run_id, **{kind: entities[start : start + most]}, synchronous=True)
+            self.client.log_batch(self.run_id, **{kind: entities[start : start + most]}, synchronous=True)
 
     def _log_params(self, texts: Mapping[str, str]) -> None:
         """Write parameters; those that the run has with another value, which MLflow keeps, as tags now.<key>."""
         from mlflow.entities import Param, RunTag
 
-        run = self._client.get_run(self.run_id).data
+        run = self.client.get_run(self.run_id).data
         self._log("params", [Param(key, text) for key, text in texts.items() if key not in run.params], PAIRS_PER_BATCH)
         last = {key: run.tags.get(f"now.{key}", value) for key, value in run.params.items()}
         changed = {key: text for key, text in texts.items() if last.get(key, text) != text}
@@ -73,20 +80,19 @@ class RunWriter:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(data["name"], data["digest"][:DIGEST_CHARS], "local", json.dumps({"uri": data["source"]}))
-        self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def upload(self, batch: list[Event]) -> None:
-        """Write one event that has a file."""
-        event, path = batch[0], Path(batch[0].data["path"])
+    def _upload(self, event: Event) -> None:
+        path = Path(event.data["path"])
         _check_readable(path)
         if event.kind == "model":
             if self._register is None:
                 raise UnreadableError("nothing registers models here")
-            self._register(self._client, self.run_id, path, event.data)
+            self._register(self.client, self.run_id, path, event.data)
         elif event.kind == "image":
             self._log_image(path, event)
         else:
-            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             log(self.run_id, str(path), event.data["folder"] or None)
 
     def _log_image(self, path: Path, event: Event) -> None:
@@ -103,8 +109,8 @@ class RunWriter:
             shutil.copyfile(path, Path(folder) / f"{name}.png")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(Path(folder) / f"{name}+compressed.webp")
-            self._client.log_artifacts(self.run_id, folder, "images")
-        self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
+            self.client.log_artifacts(self.run_id, folder, "images")
+        self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
 
 class SystemMetrics:

@@ -8,8 +8,8 @@ import os
 import re
 from typing import Any
 
-from diffusion.tracking.journal import warn
-from diffusion.tracking.retry_queue import is_refusal
+from diffusion.tracking.mlflow_store import is_refusal
+from diffusion.tracking.tracker import warn
 
 RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # MLflow's own, where `mlflow run` was given no --run-name
 

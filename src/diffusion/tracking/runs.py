@@ -1,11 +1,9 @@
-"""One MLflow run for the whole pipeline, and beside it a local journal that is the truth of which MLflow is a copy.
+"""One MLflow run for the whole pipeline: opened by `train`, entered again by later stages, closed with the truth.
 
-Every call becomes an event that goes to the journal (JSONL) first and then to a background thread, which copies it to
-MLflow in batches: a step never waits, and a store that is away costs one warning line. MLflow is given the event's own
-time, so sending an event twice changes nothing: it keeps one point for equal (key, step, time, value).
+Every call becomes a line of the journal (journal.py), which a thread copies to MLflow (mlflow_copy.py): a step never
+waits, and a store that is away costs one warning line.
 """
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +12,14 @@ from types import MappingProxyType
 from typing import Any
 
 from diffusion.config import TrackingConfig
+from diffusion.errors import brief
+from diffusion.locks import this_process
 from diffusion.tracking import mlproject_run
-from diffusion.tracking.journal import JOURNAL, Event, Journal, Status, Tracker, remember, remembered, unsent, warn
-from diffusion.tracking.mlflow_store import connect, enter, is_embedded, signature
-from diffusion.tracking.mlflow_tracker import JournalledTracker, MlflowTracker
+from diffusion.tracking.journal import JOURNAL, Journal, remembered, unsent
+from diffusion.tracking.mlflow_copy import CopiedJournal
+from diffusion.tracking.mlflow_store import answers, connect, enter
 from diffusion.tracking.mlflow_writer import Register, RunWriter
-from diffusion.tracking.retry_queue import brief
+from diffusion.tracking.tracker import Event, Status, Tracker, now, warn
 
 
 def open_run(
@@ -88,35 +88,38 @@ def _open(
     tags: Mapping[str, str],
     register: Register | None,
 ) -> Tracker:
-    tags = {**signature(), **tags}
     run_id = run_id or remembered(path)
-    earlier, journal, mirror = unsent(path), Journal(path), None
-    homeless = [sitting.opened.data for sitting in earlier if sitting.run_id is None]
-    if homeless and run_id is None:
-        name = homeless[0]["name"]
-    all_tags = {key: value for opened in homeless for key, value in opened["tags"].items()} | tags
+    opened = {"stage": stage, "name": name, "asked_run_id": run_id, "tags": {**this_process(), **tags}}
+    journal: Journal | None = None
     if config.enabled:
         try:
-            client = connect()
-            adopted = (
-                mlproject_run.adopt(client, config.experiment, name) if run_id is None and stage == "train" else None
-            )
-            entered = enter(client, config.experiment, run_id or adopted, name, all_tags)
-            mlproject_run.link(client, entered)
-            mirror = MlflowTracker(RunWriter(client, entered, register), path, patient=is_embedded(client.tracking_uri))
+            journal = _copied(config, path, opened, register)
         except Exception as error:  # not installed, no network, full disk, refused: the answer is the same
-            warn(f"no MLflow ({brief(error)}); going on with {path} alone")
-    opened = {"stage": stage, "name": name, "run_id": mirror and mirror.run_id, "asked_run_id": run_id, "tags": tags}
-    journal.record(Event("open", {**opened, "experiment": config.experiment}, time.time_ns() // 1_000_000))
-    if mirror is None:
-        return journal
-    if mirror.run_id and (stage == "train" or run_id is None):
-        remember(path, mirror.run_id)
-    missing = [sitting for sitting in earlier if sitting.run_id in (None, mirror.run_id)]
-    for event in itertools.chain.from_iterable(sitting.events for sitting in missing):
-        if event.kind != "close":  # this sitting's end is the run's
-            mirror.record(event, replayed=True)
-    return JournalledTracker(journal, mirror, path, complete=len(missing) == len(earlier))
+            warn(f"no MLflow ({brief(f'{type(error).__name__}: {error}', 160)}); going on with {path} alone")
+    journal = journal or Journal(path)
+    about = {**opened, "run_id": journal.run_id, "experiment": config.experiment, "enabled": config.enabled}
+    journal.record(Event("open", about, now()))
+    return journal
+
+
+def _copied(config: TrackingConfig, path: Path, opened: Mapping[str, Any], register: Register | None) -> CopiedJournal:
+    """The journal with its run entered in MLflow, which also gets what earlier sessions could not send."""
+    client = connect()
+    if not answers(client):
+        raise ConnectionError("the server does not answer")
+    run_id, name, tags = opened["asked_run_id"], opened["name"], opened["tags"]
+    earlier = unsent(path)
+    homeless = [session.opened.data for session in earlier if session.run_id is None]
+    if homeless and run_id is None:
+        name = homeless[0]["name"]
+    for missed in reversed(homeless):
+        tags = {**missed["tags"], **tags}
+    if run_id is None and opened["stage"] == "train":
+        run_id = mlproject_run.adopt(client, config.experiment, name)
+    entered = enter(client, config.experiment, run_id, name, tags)
+    mlproject_run.link(client, entered)
+    mine = [session for session in earlier if session.run_id in (None, entered)]
+    return CopiedJournal(path, RunWriter(client, entered, register), mine)
 
 
 def _ending(error: BaseException) -> tuple[Status, str]:

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from diffusion import paths
 from diffusion.atomic import replacing
-from diffusion.tracking.journal import Tracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.tuning.space import Value, recipe_digest, settings
 from diffusion.tuning.store import quiet
 from diffusion.tuning.study import COUNTED, SharedStudy

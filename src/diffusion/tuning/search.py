@@ -29,7 +29,7 @@ from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
 from diffusion.runtime import resolve_device
 from diffusion.tracking import runs
-from diffusion.tracking.journal import Tracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.tuning import objective
 from diffusion.tuning.report import Ledger, draw_figures
 from diffusion.tuning.space import present, recipe

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from diffusion.config import Params
+from diffusion.locks import is_running as is_alive
 from diffusion.locks import machine
+from diffusion.locks import this_process as signature
 from diffusion.runtime import generator
-from diffusion.tracking.mlflow_store import is_alive, signature
 from diffusion.tuning.space import first_settings, read_space
 from diffusion.tuning.store import BUSY_SECONDS, HEARTBEAT_SECONDS, open_storage, quiet
 
@@ -86,7 +87,7 @@ class SharedStudy:
             with quiet():  # it would say that heartbeats are ours to send, which is so
                 trial = self.study.ask()
             self.storage.record_heartbeat(trial._trial_id)  # else nobody could take it over before `beating`
-            mine = {**signature(), "machine": machine()}
+            mine = signature()
             for key, value in {**mine, "stopped": False, "final": False, "reason": ""}.items():
                 trial.set_user_attr(key, value)
             return trial

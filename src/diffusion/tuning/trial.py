@@ -18,7 +18,7 @@ from diffusion.errors import DivergedError, UserError
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.runtime import keep_freed_memory, resolve_device
 from diffusion.tracking import runs
-from diffusion.tracking.journal import Tracker
+from diffusion.tracking.tracker import Tracker
 from diffusion.training.loop import Trainer, train
 from diffusion.training.progress import Record
 from diffusion.tuning.objective import common_error, draw, load_reference, score
