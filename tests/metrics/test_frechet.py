@@ -160,7 +160,9 @@ def test_equal_singular_covariances_have_no_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{0: np.zeros(4)}, {1: np.eye(4)}, {1: np.eye(3) * np.nan}, {2: np.full(3, np.inf)}], ids=str
+    "change",
+    [{0: np.zeros(4)}, {2: np.zeros(4)}, {1: np.eye(4)}, {1: np.eye(3) * np.nan}, {2: np.full(3, np.inf)}],
+    ids=str,
 )
 def test_moments_that_cannot_be_compared_are_refused(change: dict[int, np.ndarray]) -> None:
     arguments = [np.zeros(3), np.eye(3), np.zeros(3), np.eye(3)]
