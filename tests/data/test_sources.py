@@ -1,15 +1,18 @@
 """Own images from folders, zips and npz files, against pictures whose pixels are known."""
 
 import io
+import json
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from diffusion.data import sources
+from diffusion.data import pictures, sources
 from diffusion.data.pictures import Form
 from diffusion.errors import UserError
 
@@ -193,3 +196,86 @@ def test_a_zip_with_a_password_is_one_line(tmp_path: Path) -> None:
         content[content.index(signature) + offset] |= 1
     path.write_bytes(content)
     assert "a.png is encrypted: unpack the zip with its password first" in refused(path)
+
+
+def test_all_unusable_pictures_are_named_in_one_go(tmp_path: Path) -> None:
+    good = encoded(pixels(1)[0])
+    files = {f"{i:02d}.png": good if i % 2 else b"torn" for i in range(30)} | {"05.png": good[:-40]}
+    said = refused(folder_of(tmp_path / "x", files))
+    assert "16 of 30 pictures cannot be used: 00.png is damaged (no picture): repair or remove it; 02.png is" in said
+    assert said.count(" is damaged") == 10
+    assert said.endswith("; and 6 more")
+    with pytest.raises(UserError, match="16 of 30 pictures cannot be used: 00"):
+        opened(tmp_path / "x", None)
+
+
+def deep_png(array: np.ndarray) -> bytes:
+    """PNG of uint16 (H, W, 3), which Pillow reads and cannot write."""
+    height, width, _ = array.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    buffer = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    buffer.seek(8)
+    for name, content in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        PngImagePlugin.putchunk(buffer, name, content)
+    return buffer.getvalue()
+
+
+def test_what_is_converted_is_counted(tmp_path: Path) -> None:
+    frames = [Image.fromarray(image) for image in pixels(3)]
+    animated = io.BytesIO()
+    frames[0].save(animated, "png", save_all=True, append_images=frames[1:])
+    deep = RNG.integers(0, 65536, (16, 16, 3)).astype(np.uint16)
+    files = {"a.png": animated.getvalue(), "d.png": deep_png(deep), "g.png": encoded(pixels(1, channels=1)[0])}
+    source = opened(folder_of(tmp_path / "x", files))
+    found = images_of(source)
+    np.testing.assert_array_equal(found[0], np.asarray(frames[0]))
+    np.testing.assert_array_equal(found[1], deep >> 8)
+    assert source.report.converted == {
+        "with several frames or pages, of which the first is taken": (1, "a.png"),
+        "of 16 bits a channel, of which the upper 8 are taken": (1, "d.png"),
+        "of mode L, converted to RGB": (1, "g.png"),
+    }
+    assert source.report.conversions()[0].startswith("converted: 1 with several frames")
+
+
+def test_a_large_picture_is_read_from_a_zip_as_from_a_folder(tmp_path: Path) -> None:
+    """Larger than what is read at once: one at a time."""
+    flat = np.full((4900, 4900, 3), (10, 200, 90), np.uint8)
+    files = {"a.bmp": encoded(flat, "bmp"), "b.bmp": encoded(flat[:16, :16], "bmp")}
+    assert len(files["a.bmp"]) > pictures.LARGE
+    for path in (folder_of(tmp_path / "x", files), zip_of(tmp_path / "x.zip", files)):
+        assert (images_of(opened(path)) == flat[:16, :16]).all()
+
+
+def test_an_archive_of_edms(tmp_path: Path) -> None:
+    """dataset_tool.py's: folders of 1,000, and the classes in dataset.json."""
+    images = pixels(4)
+    names = [f"0000{i // 2}/img0000000{i}.png" for i in range(4)]
+    labels = json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}).encode()
+    files = {name: encoded(image) for name, image in zip(names, images, strict=True)}
+    source = opened(zip_of(tmp_path / "edm.zip", {"dataset.json": labels, **files}))
+    np.testing.assert_array_equal(images_of(source), images)
+    assert source.labelled.labels.tolist() == [0, 1, 2, 0]
+    assert source.labelled.counts() == {"0": 2, "1": 1, "2": 1}
+    assert source.report.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": pixels(3), "b": pixels(3)}, "a uint8 (3, 16, 16, 3), b uint8 (3, 16, 16, 3): several arrays may be"),
+        ({"pictures": np.zeros((3, 16, 16, 3))}, "pictures float64 (3, 16, 16, 3): none is uint8"),
+        ({"mu": np.zeros(4), "sigma": np.zeros((4, 4))}, "holds statistics of features (mu, sigma), not images"),
+        ({"x": pixels(3), "y": np.eye(3)}, "y is float64 (3, 3), not integers (3,): give one label an image, or no y"),
+    ],
+    ids=["two", "none", "statistics", "one-hot"],
+)
+def test_an_npz_file_that_is_not_understood_names_its_arrays(
+    tmp_path: Path, arrays: dict[str, np.ndarray], words: str
+) -> None:
+    np.savez(tmp_path / "own.npz", **arrays)
+    assert words in refused(tmp_path / "own.npz")

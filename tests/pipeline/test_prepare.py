@@ -93,3 +93,60 @@ def test_what_cannot_be_split_or_does_not_fit_is_refused_before_anything_is_writ
         with pytest.raises(UserError, match=words):
             prepare(tiny(**overrides))
         assert not paths.IMAGES.exists()
+
+
+def own_pictures(*names: str) -> None:
+    for i, name in enumerate(names):
+        Path("own", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, i, i)).save(Path("own", name))
+
+
+OWN = {"data.source": "own", "data.val_images": 10}
+
+
+def test_many_small_folders_are_split_without_classes_unless_these_are_wanted(
+    tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_pictures(*(f"{i:02d}/a.png" for i in range(60)))
+    prepare(tiny(**OWN))
+    assert (
+        "validation images are chosen whatever their class: there are too few images a class" in capsys.readouterr().err
+    )
+    data = Dataset.load()
+    assert (len(data.val), len(data.train)) == (10, 50)
+    assert len(np.load(paths.TRAIN_LABELS)) == 60
+    with pytest.raises(UserError, match="each of 60 classes keeps one for training: give more images a class, or set"):
+        prepare(tiny(**OWN, **{"model.num_classes": 60}))
+
+
+def test_more_classes_than_validation_images(tiny) -> None:
+    own_pictures(*(f"{i % 11:02d}/{i}.png" for i in range(33)))
+    prepare(tiny(**OWN, **{"model.num_classes": 11}))
+    data = Dataset.load()
+    assert len(data.val) == 10
+    assert set(data.labels[data.train].tolist()) == set(range(11))
+
+
+def test_classes_that_nobody_named_are_refused_where_they_are_wanted(tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    own_pictures(*(f"{('cat', 'dog')[i % 2]}_{i}.png" for i in range(24)))
+    with pytest.raises(UserError, match=r"own has no classes, and model\.num_classes = 3: .*data\.labels: prefix"):
+        prepare(tiny(**OWN, **{"model.num_classes": 3}))
+    prepare(tiny(**OWN, **{"model.num_classes": 3, "data.labels": "prefix"}))
+    said = capsys.readouterr().err
+    assert "2 classes: cat (12), dog (12)" in said
+    assert "warning: model.num_classes = 3, and there are images of 2" in said
+    assert json.loads(paths.DATA_CARD.read_text())["classes"] == {"cat": 12, "dog": 12}
+
+
+def test_what_is_left_out_and_converted_is_said_and_in_the_card(tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    own_pictures(*(f"{i}.png" for i in range(12)))
+    Path("own/notes.txt").write_text("")
+    Image.new("RGB", (64, 64)).save("own/large.png")
+    prepare(tiny(**OWN))
+    card = json.loads(paths.DATA_CARD.read_text())
+    assert card["left_out"] == {".txt files": {"count": 1, "example": "notes.txt"}}
+    assert card["converted"] == {"resized to 32 x 32 pixels": {"count": 1, "example": "large.png"}}
+    said = capsys.readouterr().err
+    assert "data.source = own: 13 images of 32 x 32 pixels" in said
+    assert "left out: 1 .txt files (such as notes.txt)" in said
+    assert "converted: 1 resized to 32 x 32 pixels (such as large.png)" in said

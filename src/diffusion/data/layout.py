@@ -104,8 +104,7 @@ def labelled(pictures: Sequence[Entry], by: Labels | None, files: Sequence[Entry
     firsts = _first_folders(pictures)
     if any(first is None for first in firsts):
         loose = [p.name for p, first in zip(pictures, firsts, strict=True) if first is None]
-        if len(loose) < len(pictures):
-            report.found.append(f"no classes: {len(loose):,} pictures, such as {loose[0]}, lie in no folder of a class")
+        report.found.append(f"no classes: {len(loose):,} pictures, such as {loose[0]}, lie in no folder of a class")
         return unlabelled(len(pictures))
     return _named([str(first) for first in firsts])
 

@@ -153,8 +153,8 @@ def upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         done.append("of 16 bits a channel, of which the upper 8 are taken")
     if image.getexif().get(ORIENTATION, 1) in range(2, 9):
         done.append("turned or mirrored as their EXIF orientation says")
-    turned: Image.Image = ImageOps.exif_transpose(image)
-    return turned, done
+    ImageOps.exif_transpose(image, in_place=True)  # else a copy, of 4 bytes a pixel
+    return image, done
 
 
 def recoloured(image: Image.Image, channels: int) -> tuple[Image.Image, list[str]]:
@@ -166,7 +166,7 @@ def recoloured(image: Image.Image, channels: int) -> tuple[Image.Image, list[str
     mode = MODES[channels]
     if image.mode != mode and not done:
         done.append(f"of mode {image.mode}, converted to {mode}")
-    return image.convert(mode), done
+    return image if image.mode == mode else image.convert(mode), done
 
 
 def resized(image: Image.Image, size: int, fit: Fit) -> tuple[Image.Image, list[str]]:
