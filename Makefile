@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 PORT ?= 5000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run weights test test-slow test-all lint tune tune-apply tune-report ui sync serve promote report bench bench-quality clean
+.PHONY: help setup run weights test test-slow test-all lint tune tune-apply ui sync serve promote report bench bench-quality clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-22s %s\n", $$1, $$2}'
@@ -38,9 +38,6 @@ tune: setup  ## search learning rate and schedules with Optuna: make tune [STORA
 
 tune-apply: setup  ## write what the search found into params.yaml and show the difference
 	@$(BIN)/python -m diffusion tune-apply
-
-tune-report: setup  ## open optuna-dashboard on the search: make tune-report [PORT=5000] [STORAGE=postgresql://...]
-	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m diffusion tune-report --port $(PORT)
 
 ui: setup  ## compare runs in MLflow's pages: make ui [PORT=5000]
 	@$(BIN)/python -m diffusion ui --port $(PORT)

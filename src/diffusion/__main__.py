@@ -13,7 +13,6 @@ COMMANDS = {  # imported only when asked for
     "serve": "serving.server:main",
     "sync": "pipeline.commands:sync",
     "tune-apply": "tuning.apply:main",
-    "tune-report": "tuning.dashboard:main",
     "ui": "tracking.ui:main",
 }
 

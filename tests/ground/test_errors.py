@@ -60,7 +60,6 @@ def test_others_are_taken(url: str) -> None:
         ["promote"],
         ["serve"],
         ["tune-apply"],
-        ["tune-report"],
     ],
     ids=" ".join,
 )

@@ -191,27 +191,6 @@ def test_a_device_that_is_not_here_is_said_before_any_trial(place: Path, tiny: C
     assert not paths.OPTUNA_DB.exists()
 
 
-def test_the_dashboard_is_opened_on_the_store(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stub in the place of optuna-dashboard's command, which has no `python -m`."""
-    command = place / "bin/optuna-dashboard"
-    command.parent.mkdir()
-    command.write_text('#!/bin/sh\necho "opened $@"\n')
-    command.chmod(0o755)
-    paths.OPTUNA_DB.parent.mkdir()
-    paths.OPTUNA_DB.touch()
-    (place / "params.yaml").write_text((REPO / "params.yaml").read_text())
-    code = "import sys; sys.executable = sys.argv.pop(1); from diffusion.tuning.dashboard import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(place / "bin/python"), "--port", "8123"],
-        env={"PYTHONPATH": f"{REPO}/src", "DVC_ROOT": str(place), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert f"opened sqlite:///{paths.OPTUNA_DB} --host 127.0.0.1 --port 8123" in run.stdout
-
-
 def test_an_error_that_is_no_fault_of_the_values_ends_the_search(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
@@ -315,7 +294,7 @@ def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., 
 
 
 def test_the_library_imports_without_optuna() -> None:
-    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune, diffusion.tuning.dashboard"
+    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune"
     path = f"{REPO}/src:{REPO}"
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
