@@ -48,6 +48,7 @@ def test_parts_in_any_order_are_those_of_the_whole(tmp_path: Path, kind: str) ->
 def test_only_a_part_is_in_memory(tmp_path: Path, kind: str) -> None:
     array = np.random.default_rng(0).integers(0, 256, (1000, 64, 64, 3), dtype=np.uint8)  # 12 MB
     name = written(kind, tmp_path, array)
+    moments_of(array[:2], Colours(), 10, torch.device("cpu"), "test")  # imports what it needs
     tracemalloc.start()
     try:
         moments_of(open_images(name), Colours(), 10, torch.device("cpu"), "test")
