@@ -279,3 +279,19 @@ def test_an_npz_file_that_is_not_understood_names_its_arrays(
 ) -> None:
     np.savez(tmp_path / "own.npz", **arrays)
     assert words in refused(tmp_path / "own.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_header_that_promises_more_than_there_is_costs_no_memory(tmp_path: Path, save: Any) -> None:
+    """10 TB."""
+    save(tmp_path / "own.npz", images=pixels(4), labels=np.arange(4))
+    with zipfile.ZipFile(tmp_path / "own.npz") as archive:
+        kind = archive.infolist()[0].compress_type
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["images.npy"] = members["images.npy"].replace(
+        b"(4, 16, 16, 3), }" + 10 * b" ", b"(13020833333, 16, 16, 3), }"
+    )
+    with zipfile.ZipFile(tmp_path / "own.npz", "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert "which is 9,999,999,999,872 bytes, and has 3,200" in refused(tmp_path / "own.npz")

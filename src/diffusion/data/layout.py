@@ -14,6 +14,7 @@ from diffusion.data.npz import Unusable
 TRAIN = ("train", "training")
 TEST = ("test", "testing", "val", "valid", "validation", "dev")  # the first that is there; others are left out
 LABELS_FILE = "dataset.json"  # of StyleGAN's and EDM's archives
+LARGEST_JSON = 2**28  # bytes
 
 Labels = Literal["auto", "prefix"]
 
@@ -135,6 +136,8 @@ def _named(names: Sequence[str]) -> Labelled:
 
 def _from_json(pictures: Sequence[Entry], entry: Entry, folder: PurePosixPath, report: Report) -> Labelled:
     """{"labels": [[path, number], ...]}, or null for none."""
+    if entry.size > LARGEST_JSON:
+        raise Unusable(f"{entry.name} takes {entry.size:,} bytes, more than {LARGEST_JSON:,}: leave it out")
     try:
         content: Any = json.loads(entry.read())
         rows = content["labels"]

@@ -17,6 +17,7 @@ from diffusion.errors import UserError
 
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+WHOLE = 2**32  # bytes of an array that is read as a whole
 LABELS = {"images": "labels", "x": "y", "x_train": "y_train", "arr_0": "arr_1"}  # by the name of the images
 
 
@@ -124,7 +125,8 @@ def name_of_images(found: Mapping[str, Header]) -> str:
 def open_array(path: Path, name: str) -> np.ndarray | Stream:
     """An array of an npz file, its checksum verified: mapped, or if it is compressed, images that are read by parts.
 
-    What is neither (in Fortran order, of another type and compressed) is read as a whole. Raises one of UNREADABLE.
+    What is neither (in Fortran order, of another type and compressed) is read as a whole, if it has less than WHOLE
+    bytes. Raises one of UNREADABLE.
     """
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
@@ -132,9 +134,11 @@ def open_array(path: Path, name: str) -> np.ndarray | Stream:
             header = _header(file)
             while file.read(2**20):  # to the end, where zipfile compares checksums
                 pass
-    shape = header.shape
+    shape, size = header.shape, header.begin + math.prod(header.shape) * header.dtype.itemsize
+    if not header.dtype.hasobject and size != member.file_size:
+        raise ValueError(f"{name} is {header}, which is {size:,} bytes, and has {member.file_size:,}")
     if header.fortran or header.dtype.hasobject or not shape or not all(shape):
-        return read_npz(path, name)[0]
+        return _whole(path, name, size)
     if member.compress_type == zipfile.ZIP_STORED:
         with path.open("rb") as file:
             file.seek(member.header_offset + 26)  # mapped copy-on-write below: torch wants arrays that are writable
@@ -142,9 +146,15 @@ def open_array(path: Path, name: str) -> np.ndarray | Stream:
             return np.memmap(path, header.dtype, "c", file.tell() + header.begin, shape).view(
                 np.ndarray
             )  # c: for torch
-    if not header.are_images or header.begin + math.prod(shape) != member.file_size:
-        return read_npz(path, name)[0]
+    if not header.are_images:
+        return _whole(path, name, size)
     return Packed(path, name, header.begin, shape if len(shape) == 4 else (*shape, 1))
+
+
+def _whole(path: Path, name: str, size: int) -> np.ndarray:
+    if size > WHOLE:
+        raise ValueError(f"{name} has {size:,} bytes and cannot be read by parts: save uint8 images in C order")
+    return read_npz(path, name)[0]
 
 
 def labels_for(

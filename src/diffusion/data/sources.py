@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from diffusion import paths
-from diffusion.data.files import SUFFIXES, Entry, Report, files_of, members_of, sorted_out
+from diffusion.data.files import FORMATS, SUFFIXES, Entry, Report, files_of, members_of, sorted_out
 from diffusion.data.layout import LABELS_FILE, Labelled, Labels, labelled, numbered, splits, unlabelled
 from diffusion.data.npz import UNREADABLE, Stream, Unusable, checked, headers, labels_for, name_of_images, open_array
 from diffusion.data.parquet import read_tables
@@ -121,7 +121,7 @@ class _Opening:
         if not pictures:
             found = "; ".join(self.report.omissions()) or "nothing at all"
             hint = "run `dvc repro download`" if self.path == paths.CIFAR10 else f"give {KINDS}"
-            raise UserError(f"{self.name} holds no pictures ({' '.join(sorted(SUFFIXES))}), but {found}: {hint}")
+            raise UserError(f"{self.name} holds no pictures ({', '.join(FORMATS)}), but {found}: {hint}")
         train, test = splits(pictures, self.report)
         return self._decoded(train, labelled(train, self.labels, label_files, self.report), test)
 
@@ -149,12 +149,12 @@ class _Opening:
                 f"{self.name} holds statistics of features ({', '.join(found)}), not images: give the images"
             )
         name = name_of_images(found)
-        shape = found[name].shape
-        labels_name, labels = labels_for(path, name, shape[0] if shape else 0, found) if self.labels else (None, None)
+        images = open_array(path, name)
+        labels_name, labels = labels_for(path, name, images.shape[0], found) if self.labels else (None, None)
         used = {name, labels_name}
         if name != "images":
             self.report.found.append(f"the images are the array {name}")
-        source = self._array(path, open_array(path, name), labels)
+        source = self._array(path, images, labels)
         if name == "x_train" and "x_test" in found:
             self.report.found.append("x_test is for testing")
             used |= {"x_test", "y_test"}
