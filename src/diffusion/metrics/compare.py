@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+import torch
 
 from diffusion import paths
 from diffusion.config import EvaluateConfig, Measure
@@ -17,7 +18,7 @@ from diffusion.metrics import frechet_distance
 from diffusion.metrics.extraction import features_of
 from diffusion.metrics.features import EfficientNetLite0, Extractor, Inception
 from diffusion.metrics.names import INCEPTION, OTHERS, shown
-from diffusion.metrics.reference import holds_statistics, make_reference, read_statistics
+from diffusion.metrics.reference import Reference, holds_statistics, make_reference, read_statistics
 from diffusion.metrics.scores import measured, versions
 from diffusion.runtime import keep_freed_memory, resolve_device
 
@@ -50,7 +51,8 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     images of each, whose features stay in memory. FID and KID are --extractor inception's names alone.
     """
     keep_freed_memory()
-    found = list(compared(a, b, **options))
+    form = Form(options.pop("image_size"), channels=3, fit=options.pop("fit"), max_pixels=options.pop("max_pixels"))
+    found = list(compared(a, b, form=form, **options))
     if as_json:
         numbers = {name: value for entry in found for name, value in entry["numbers"].items()}
         click.echo(json.dumps({**numbers, "about": found}))
@@ -58,9 +60,9 @@ def compare(a: str, b: str, as_json: bool, **options: Any) -> None:
     for entry in found:
         for name, value in entry["numbers"].items():
             click.echo(f"{name} {shown(value)}")
-    key = found[0]["reference"]
+    key, against = found[0]["reference"], found[0]["against"]
     parts = {**key["extractor"], **found[0]["versions"]}
-    of = f"{key['images']} images of {b}" if "images" in key else f"the statistics in {b}"
+    of = f"{key['images']} images of {against}" if "images" in key else f"the statistics in {against}"
     click.echo("; ".join([f"against {of}", *(f"{k} {v}" for k, v in parts.items())]))
 
 
@@ -76,9 +78,7 @@ def compared(
     batch_size: int,
     precision: str,
     device: str,
-    image_size: int | None = None,
-    fit: Fit = "refuse",
-    max_pixels: int = MAX_PIXELS,
+    form: Form = Form(size=None, channels=3),  # noqa: B008
 ) -> Iterator[dict[str, Any]]:
     """One entry a measure of the images named `a` against those named `b`: numbers and what they depend on.
 
@@ -88,34 +88,44 @@ def compared(
     if "copies" in measures and b == "cifar10:test":
         raise UserError(f"copies are looked for among training images, and {b} are none: give the training images as B")
     statistics = [name for name in (a, b) if holds_statistics(_place(name))]
-    if statistics:
-        _check_statistics(statistics, measures, extractor)
+    _check_statistics(statistics, measures, extractor)
     if len(statistics) == 2:
         yield _of_statistics(a, b, extractor)
         return
-    if a in statistics:  # the distance is the same both ways
-        a, b = b, a
-    form = Form(image_size, channels=3, fit=fit, max_pixels=max_pixels)
+    a, b = sorted((a, b), key=statistics.__contains__)  # the distance is the same both ways
     sources = _opened([name for name in (a, b) if name not in statistics], form, count)
-    if weights and not Path(weights).is_file():
-        raise UserError(f"--weights {weights}: no such file")
-    fewest, most = (which(len(source.images) for source in sources) for which in (min, max))
-    config = _config(weights, measures, batch_size, precision, most)
+    counts = [len(source.images) for source in sources]
+    config = _config(weights, measures, batch_size, precision, max(counts))
     network = _extractor(extractor, config)
     if "frechet" in measures:
-        _check_enough(network, fewest)
-    kept = keep if set(measures) - {"frechet"} else 0
-    where, split = resolve_device(device), b.removeprefix("cifar10:") if b in NAMED else STRANGERS
-    if statistics:
-        reference = read_statistics(_place(b), network.dim, network.describe())
+        _check_enough(network, min(counts))
+    yield from _between(a, b, sources, network, config, keep, resolve_device(device))
+
+
+def _between(
+    a: str,
+    b: str,
+    sources: Sequence[Source],  # of a, and of b if it is no file of statistics
+    network: Extractor,
+    config: EvaluateConfig,
+    keep: int,
+    device: torch.device,
+) -> Iterator[dict[str, Any]]:
+    kept, size = keep if set(config.measures) - {"frechet"} else 0, config.batch_size
+    if len(sources) == 2:
+        split = b.removeprefix("cifar10:") if b in NAMED else STRANGERS
+        reference = make_reference(sources[1].images, split, network, size, device, keep=kept)
     else:
-        reference = make_reference(sources[1].images, split, network, batch_size, where, keep=kept)
-    found = features_of(sources[0].images, network, batch_size, where, a, keep=kept)
+        reference = read_statistics(_place(b), network.dim, network.describe())
+    found = features_of(sources[0].images, network, size, device, a, keep=kept)
     for source in sources:
         _say(f"{source.name}: {line}" for line in source.report.conversions())
     for one in measured(config, network.metric, found, reference):
-        about = {"measure": one.measure, "numbers": one.numbers, "samples": one.samples, "of": a, "against": b}
-        yield {**about, **one.details, "reference": reference.key, "versions": versions()}
+        yield {"measure": one.measure, "samples": one.samples, **one.details, **_entry(a, b, one.numbers, reference)}
+
+
+def _entry(a: str, b: str, numbers: dict[str, float], reference: Reference) -> dict[str, Any]:
+    return {"numbers": numbers, "of": a, "against": b, "reference": reference.key, "versions": versions()}
 
 
 def _place(name: str) -> Path:
@@ -142,12 +152,13 @@ def _of_statistics(a: str, b: str, extractor: str) -> dict[str, Any]:
     of, against = (read_statistics(_place(name), DIMS[extractor]) for name in (a, b))
     name = f"{INCEPTION['frechet'] if extractor == 'inception' else OTHERS['frechet'] + '_lite0'}_of_statistics"
     numbers = {name: frechet_distance(of.mean, of.cov, against.mean, against.cov)}
-    about = {"measure": "frechet", "numbers": numbers, "of": a, "against": b}
-    return {**about, "reference": against.key, "versions": versions()}
+    return {"measure": "frechet", **_entry(a, b, numbers, against)}
 
 
 def _check_statistics(given: Sequence[str], measures: Sequence[Measure], extractor: str) -> None:
     """Raises UserError if another measure than the Frechet distance is asked for."""
+    if not given:
+        return
     which = " and ".join(given)
     if others := [measure for measure in measures if measure != "frechet"]:
         raise UserError(f"{which}: mean and covariance alone, and --measure {others[0]} needs images: give the images")
@@ -180,6 +191,8 @@ def _say(lines: Iterable[str]) -> None:
 def _config(
     weights: str | None, measures: tuple[Measure, ...], batch_size: int, precision: Any, most: int
 ) -> EvaluateConfig:
+    if weights and not Path(weights).is_file():
+        raise UserError(f"--weights {weights}: no such file")
     return EvaluateConfig(
         reference_split="train",
         reference_images=most,
