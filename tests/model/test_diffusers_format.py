@@ -25,7 +25,11 @@ diffusers = pytest.importorskip("diffusers")
 SHAPES: dict[str, dict[str, Any]] = {
     "paper, shrunk": {},
     "symmetric, several heads": {"model.downsample": "symmetric", "model.head_channels": 16},
-    "grey, 16 pixels": {"model.image_channels": 1, "model.image_size": 16, "model.attention_resolutions": [8]},
+    "grey, 16 pixels, no attention": {
+        "model.image_channels": 1,
+        "model.image_size": 16,
+        "model.attention_resolutions": [],
+    },
     "classes": {"model.num_classes": 10, "train.label_dropout": 0.1},
     "classes, never left out": {"model.num_classes": 10, "train.label_dropout": 0.0},
 }
@@ -146,6 +150,7 @@ without_signal = make_schedule("linear", 1000, zero_terminal_snr=True).betas
         ({"prediction_type": "flow"}, "prediction_type flow is none of epsilon, sample, v_prediction"),
         ({"beta_schedule": "scaled_linear"}, "beta_schedule scaled_linear cannot be read"),
         ({"beta_end": 0.03}, "the betas are those of no schedule"),
+        ({"trained_betas": without_signal.tolist(), "num_train_timesteps": 999}, "the betas are those of no schedule"),
         ({"rescale_betas_zero_snr": True}, "no terminal signal and prediction_type epsilon"),
         ({"trained_betas": without_signal.tolist()}, "no terminal signal and prediction_type epsilon"),
         ({"num_train_timesteps": 0}, "diffusion.num_steps = 0 .* 2 to 100000"),

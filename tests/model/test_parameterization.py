@@ -102,6 +102,7 @@ def test_guidance_goes_from_no_class_through_the_class() -> None:
         x0 = denoiser.of(labels, guidance)(x_t, t).x0
         torch.testing.assert_close(x0[:, 0, 0, 0], torch.tensor(expected))
     assert net.batches == [2, 4, 4]  # both branches in one call
+    assert denoiser.of(labels)(x_t, t).x0[:, 0, 0, 0].tolist() == [4.0, 0.0]
     assert float(denoiser(x_t, t).x0[0, 0, 0, 0]) == -1.0
 
 
