@@ -96,6 +96,7 @@ SOURCES: dict[str, tuple[Callable[[], Path], np.ndarray, int]] = {  # how to mak
     "clutter": (with_clutter, ARRAY, 3),
     "zip": (lambda: zipped(folder()), ARRAY, 3),
     "zip in a folder": (lambda: zipped(folder(), "./deep/er/{}".format), ARRAY, 3),
+    "zip of paths outside": (lambda: zipped(folder(), "/deep/../../{}".format), ARRAY, 3),
     "zip of Windows": (lambda: zipped(folder(), "deep\\{}".format), ARRAY, 3),
     "npz": (lambda: npz(images=ARRAY), ARRAY, 3),
     "compressed": (lambda: npz(np.savez_compressed, images=ARRAY), ARRAY, 3),

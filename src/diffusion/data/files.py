@@ -84,8 +84,9 @@ def files_of(folder: Path) -> Iterator[Entry]:
 def members_of(archive: zipfile.ZipFile) -> Iterator[Entry]:
     """Every file of a zip; backslashes, which some programs write, are slashes."""
     for info in archive.infolist():
-        name = info.filename.replace("\\", "/").removeprefix("./").lstrip("/")
-        if not name.endswith("/"):
+        parts = info.filename.replace("\\", "/").split("/")
+        if parts[-1]:
+            name = "/".join(part for part in parts if part not in ("", ".", ".."))
             yield Entry(name, info.file_size, lambda info=info: _member(archive, info))  # type: ignore[misc]
 
 
