@@ -1,6 +1,7 @@
 """params.yaml: read, and checked at the door; one line says what is wrong."""
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,20 +23,23 @@ WORDS = {  # of JSON Schema
     "object": "a mapping from keys of params.yaml to {low, high} or a list",
 }
 
+VARIABLES = {"tracking.experiment": "MLFLOW_EXPERIMENT_NAME"}  # of the tools, by the key that they stand for
+
 Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: Path | str, overrides: Mapping[str, object] | None = None) -> Params:
     """Read and validate a params file.
 
-    `overrides` maps dotted keys ("train.lr") to values that replace the file's.
+    `overrides` maps dotted keys ("train.lr") to values that replace the file's; VARIABLES of the environment do too.
 
     Raises:
         UserError: the file cannot be read, or a key is unknown, missing or out of range; the message is one line
             that names the key, what is allowed and, for an unknown key, the nearest real one.
     """
     tree = _read_yaml(Path(path))
-    for key, value in (overrides or {}).items():
+    found = {key: os.environ[name] for key, name in VARIABLES.items() if os.environ.get(name)}
+    for key, value in {**found, **(overrides or {})}.items():
         if key not in schema():
             raise UserError(f"{path}: {unknown(key)}")
         section, _, name = key.rpartition(".")

@@ -13,6 +13,7 @@ import requests
 from filelock import FileLock
 
 from diffusion import paths
+from diffusion.errors import UserError, checked_url
 from diffusion.locks import is_running, machine
 from diffusion.tracking.tracker import warn
 
@@ -22,7 +23,11 @@ TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}  # else `
 
 
 def connect() -> Any:
-    """MLflow's client of the store; quiet, and quick to give up, unless the user's environment says otherwise."""
+    """MLflow's client of the store; quiet, and quick to give up, unless the user's environment says otherwise.
+
+    Raises:
+        UserError: MLFLOW_TRACKING_URI is no address.
+    """
     wishes = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
@@ -35,7 +40,23 @@ def connect() -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces every retry
-    return MlflowClient(_anchored(os.environ.get("MLFLOW_TRACKING_URI", "")) or prepare_store())
+    return MlflowClient(tracking_uri() or prepare_store())
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, a relative SQLite file below the repository; empty if it is not set.
+
+    Raises:
+        UserError: it is no address that MLflow takes, or its password cannot be told from its host.
+    """
+    uri = checked_url("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if uri and (uri.startswith("file:") or not (re.match(r"[\w+.-]+://", uri) or uri.startswith("databricks"))):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI = {uri} is no store: give http://HOST:PORT of a server or sqlite:///FILE, or unset "
+            f"it for this project's own {paths.MLFLOW_DB.name} (MLflow 3 keeps no runs in folders)"
+        )
+    file = uri.removeprefix("sqlite:///")  # as `mlflow run` names its own, also in DVC's temporary folders
+    return _sqlite(paths.ROOT / file) if file not in ("", uri) else uri
 
 
 def is_server(uri: str) -> bool:
@@ -50,6 +71,8 @@ def answers(client: Any) -> bool:
         return True
     try:
         requests.get(f"{uri.rstrip('/')}/health", timeout=ALIVE_SECONDS)
+    except requests.exceptions.SSLError:  # it does, by a certificate that MLflow's own variables may allow
+        return True
     except requests.RequestException:
         return False
     return True
@@ -87,12 +110,6 @@ def _create_database(path: Path) -> None:
             new.unlink(missing_ok=True)
             MlflowClient(_sqlite(new)).search_experiments(max_results=1)
             new.replace(path)
-
-
-def _anchored(uri: str) -> str:
-    """A relative SQLite file, as `mlflow run` names its own, means the repository's also in DVC's temporary folders."""
-    scheme, file = uri[:10], uri[10:]
-    return _sqlite(paths.ROOT / file) if scheme == "sqlite:///" and file else uri
 
 
 def _sqlite(path: Path) -> str:
@@ -173,9 +190,14 @@ def _experiment(client: Any, name: str) -> str:
             found = client.get_experiment_by_name(name)  # another process may have been first
             if found is None:
                 raise
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"experiment {name} was deleted: `mlflow experiments restore --experiment-id {found.experiment_id}` brings "
+            "it back; or name another in tracking.experiment"
+        )
     location = urlparse(found.artifact_location)
     if local and location.scheme in ("", "file"):
         folder = Path(url2pathname(location.path))
         if folder != paths.MLFLOW_ARTIFACTS.absolute() and not folder.exists():
-            warn(f"experiment {name} keeps its files in {folder}, which is gone (moved?): they are written there anew")
+            warn(f"experiment {name} keeps its files in {folder}, which does not exist: it is made")
     return str(found.experiment_id)

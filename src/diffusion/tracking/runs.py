@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffusion.config import TrackingConfig
-from diffusion.errors import brief
+from diffusion.errors import UserError, brief
 from diffusion.locks import this_process
 from diffusion.tracking import mlproject_run
 from diffusion.tracking.journal import JOURNAL, Journal, remembered, unsent
@@ -95,7 +95,8 @@ def _open(
         try:
             journal = _copied(config, path, opened, register)
         except Exception as error:  # not installed, no network, full disk, refused: the answer is the same
-            warn(f"no MLflow ({brief(f'{type(error).__name__}: {error}', 160)}); going on with {path} alone")
+            reason = str(error) if isinstance(error, UserError) else brief(f"{type(error).__name__}: {error}", 160)
+            warn(f"no MLflow ({reason}); only {path} records this")
     journal = journal or Journal(path)
     about = {**opened, "run_id": journal.run_id, "experiment": config.experiment, "enabled": config.enabled}
     journal.record(Event("open", about, now()))
