@@ -1,12 +1,15 @@
 """Which store and experiment: MLflow's own variables are honoured, and what cannot be used is said in one line."""
 
+import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from helpers.project import REPO
 from helpers.stores import CONFIG, client_of, close_in_time, open_run, warnings
 
 from diffusion import params_file, paths
+from diffusion.tracking import ui
 from diffusion.tracking.mlflow_store import tracking_uri
 
 pytest.importorskip("mlflow")
@@ -73,3 +76,20 @@ def test_a_deleted_experiment(database: Path, capsys: pytest.CaptureFixture[str]
     again = open_run(Path("run"))
     close_in_time(again)
     assert again.run_id
+
+
+def test_the_pages_command_hides_the_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda _, arguments: started.append(arguments))
+    for name in ("MLFLOW_BACKEND_STORE_URI", "MLFLOW_DEFAULT_ARTIFACT_ROOT", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"):
+        monkeypatch.setenv(name, "")
+    store = "postgresql+psycopg2://u:S3cretPw@db/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    said = CliRunner().invoke(ui.main, [], catch_exceptions=False).output
+    assert "Runs of postgresql+psycopg2://***@db/mlflow" in said
+    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == store
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://alice:S3cretPw@mlflow.example.org/")
+    said += CliRunner().invoke(ui.main, [], catch_exceptions=False).output
+    assert "open https://***@mlflow.example.org" in said
+    (arguments,) = started
+    assert "S3cretPw" not in said + " ".join(arguments)

@@ -1,16 +1,12 @@
 """What MLflow missed reaches it later, once each, and runs of dead processes are closed; against real stores."""
 
 import math
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from helpers.preloaded import Command
 from helpers.stores import (
@@ -25,10 +21,9 @@ from helpers.stores import (
     wait_for,
 )
 
-from diffusion import locks
 from diffusion.config import TrackingConfig
 from diffusion.tracking import mlflow_copy, mlflow_store, runs
-from diffusion.tracking.journal import remembered
+from diffusion.tracking.journal import is_written, remembered, sessions
 from diffusion.tracking.mlflow_writer import RunWriter
 
 pytest.importorskip("mlflow")
@@ -84,7 +79,6 @@ class TestReplay:
         run = client_of(database).get_run(run_id)
         assert run.info.run_name == "lr1-test"
         assert {"git.commit": "c2", "only.c1": "x", "only.c2": "x"}.items() <= run.data.tags.items()
-        assert run.data.tags["pid"] == str(os.getpid())
 
     @pytest.mark.parametrize(
         "moment", [pytest.param(0, marks=pytest.mark.slow), 40, pytest.param(99, marks=pytest.mark.slow)]
@@ -227,7 +221,7 @@ class TestDeadRuns:
         self, database: Path, tmp_path: Path
     ) -> None:
         """And that of a process which is alive is left alone."""
-        (dead, dead_id), (alive, alive_id) = self.start("dead"), self.start("alive")
+        (dead, dead_id), (alive, alive_id) = self.start("runs/dead"), self.start("runs/alive")
         dead.send_signal(signal.SIGKILL)
         dead.wait()
         client = client_of(database)
@@ -236,28 +230,32 @@ class TestDeadRuns:
             return [client.get_run(run_id).info.status for run_id in (dead_id, alive_id)]
 
         assert states() == ["RUNNING", "RUNNING"]
-        close_in_time(open_run(tmp_path / "other"))
+        close_in_time(open_run(tmp_path / "runs/other"))
         assert states() == ["KILLED", "RUNNING"]
-        again = open_run(tmp_path / "dead")
+        again = open_run(tmp_path / "runs/dead")
         assert again.run_id == dead_id
         assert states() == ["RUNNING", "RUNNING"]
         close_in_time(again)
         assert states() == ["FINISHED", "RUNNING"]
-        assert stored_points(database, dead_id) == journal_points(tmp_path / "dead/journal.jsonl")
+        assert stored_points(database, dead_id) == journal_points(tmp_path / "runs/dead/journal.jsonl")
         alive.send_signal(signal.SIGKILL)
         alive.wait()
 
-    def test_a_zombie_is_dead(self) -> None:
-        """Killed, and its parent has not asked for its end yet."""
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        started = psutil.Process(process.pid).create_time()
-        tags = {"machine": locks.machine(), "pid": str(process.pid), "pid.started": f"{started:.0f}"}
-        assert locks.is_running(tags)
-        process.kill()
-        wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE)
-        assert not locks.is_running(tags)
+    def test_a_journal_is_written_until_its_process_ends(self, database: Path, tmp_path: Path) -> None:
+        """Whatever the number of that process and the name of its machine: the system lets go of its lock."""
+        journal = tmp_path / "run/journal.jsonl"
+        process, run_id = self.start("run")
+        assert is_written(journal)
+        assert sync(journal) == "in use: its process sends it"
+        beside = runs.attach(CONFIG, run_id, stage="sample", journal=journal)  # takes nothing of what goes on
+        close_in_time(beside)
+        process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not locks.is_running(tags)
+        assert not is_written(journal)
+        assert [session.is_closed for session in sessions(journal)] == [False, True]
+        assert sync(journal).startswith("sent")
+        assert [session.sent for session in sessions(journal)] == [True, True]
+        assert client_of(database).get_run(run_id).info.status == "KILLED"
 
 
 class TestPrivate:
@@ -279,18 +277,10 @@ class TestPrivate:
         assert client_of(database).get_run(later.run_id).info.run_name == "sample"
 
 
-class TestMachines:
-    """A process's number means that process on its own machine alone, whatever the machine is called."""
-
-    @pytest.mark.parametrize("same", [True, False])
-    def test_a_container_of_the_same_name_is_another_machine(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
-    ) -> None:
-        gone = subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
-        machine = locks.machine() if same else f"{locks.machine()} of another container"
-        tags = {"host": socket.gethostname(), "machine": machine, "pid": str(gone.pid), "pid.started": "1"}
-        client = client_of(database)
-        run = client.create_run(client.create_experiment(CONFIG.experiment), tags=tags).info.run_id
-        close_in_time(open_run(tmp_path / "run"))
-        assert client.get_run(run).info.status == ("KILLED" if same else "RUNNING")
+def test_runs_of_other_folders_are_left_alone(database: Path, tmp_path: Path) -> None:
+    """Another machine's, or another container's of the same name and process numbers: their journals are not here."""
+    client = client_of(database)
+    tags = {"host": socket.gethostname(), "pid": "1"}
+    run = client.create_run(client.create_experiment(CONFIG.experiment), tags=tags).info.run_id
+    close_in_time(open_run(tmp_path / "run"))
+    assert client.get_run(run).info.status == "RUNNING"

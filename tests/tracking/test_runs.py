@@ -72,11 +72,10 @@ class TestStore:
         }
         assert params["long"] == "x" * 6000
         tags = run.data.tags
-        assert (tags["data.digest"], tags["git.dirty"], tags["host"], tags["pid"]) == (
+        assert (tags["data.digest"], tags["git.dirty"], tags["host"]) == (
             "d1",
             "false",
             socket.gethostname(),
-            str(os.getpid()),
         )
         assert run.info.run_name == "lr1-test"
         assert client.get_experiment(run.info.experiment_id).name == "test experiment"

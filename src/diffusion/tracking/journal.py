@@ -1,5 +1,7 @@
 """The local journal of a run: the truth of which MLflow is a copy, and the queue of what MLflow does not have yet."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -22,7 +24,8 @@ class Journal(Tracker):
     """Append-only JSONL file, a line an event: {"kind", "data", "time", "session"}; non-finite metrics are strings.
 
     Every line is handed to the operating system at once, so a killed process loses none. A file that another session
-    left is continued, after a torn last line on a line of its own.
+    left is continued, after a torn last line on a line of its own. The process has the file locked (shared) while it
+    writes: whatever ends it, a power cut too, others can tell.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +40,8 @@ class Journal(Tracker):
                     curves = [key for key in event.data["values"] if key.startswith(CURVES)]
                     self._reached |= dict.fromkeys(curves, event.data["step"])
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._fd, fcntl.LOCK_SH)
             if old and not old.endswith(b"\n"):
                 os.write(self._fd, b"\n")
         except OSError as error:
@@ -132,8 +137,29 @@ def unsent(path: Path) -> list[Session]:
     return [session for session in sessions(path) if not session.sent and not session.is_private]
 
 
-def note(path: Path, kind: Literal["run", "sent"], names: Iterable[str], **data: str) -> None:
-    """Record of sessions that MLflow has them ("sent"), or which run is theirs by now ("run", with run_id)."""
+def end_dead(path: Path) -> list[Session]:
+    """Record of the sessions whose process was killed that they have ended; those of them that MLflow is to have."""
+    dead = [session for session in unsent(path) if not session.is_closed]
+    if not dead or is_written(path):
+        return []
+    note(path, "close", [session.opened.session for session in dead], status="KILLED", message="")
+    return dead
+
+
+def is_written(path: Path) -> bool:
+    """Whether a process is at work on the journal, or none can tell."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def note(path: Path, kind: Literal["run", "sent", "close"], names: Iterable[str], **data: str) -> None:
+    """Add a line to each of these sessions: "sent": MLflow has it; "run": it belongs to `run_id`; "close": its end."""
     try:
         with path.open("ab") as file:
             file.writelines(line(Event(kind, data, now(), name)) for name in names)

@@ -9,13 +9,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusion.errors import brief
-from diffusion.locks import is_running
-from diffusion.tracking.journal import Journal, Session, note, parse, remembered, sessions, unsent
+from diffusion.tracking.journal import Journal, Session, end_dead, is_written, note, parse, remembered, sessions, unsent
 from diffusion.tracking.mlflow_store import answers, enter, has_run, is_refusal
 from diffusion.tracking.mlflow_writer import POINTS_PER_BATCH, Register, RunWriter
 from diffusion.tracking.tracker import Event, warn
@@ -160,8 +158,10 @@ def sync(path: Path, client: Any, register: Register) -> str:
     if not left:
         private = any(session.is_private for session in sessions(path))
         return "up to date" + (", but for what was recorded with tracking.enabled: false, which stays here" * private)
-    if any(is_running(session.opened.data["tags"]) for session in left if not session.is_closed):
+    if is_written(path):
         return "in use: its process sends it"
+    end_dead(path)
+    left = unsent(path)
     _give_run(path, [session for session in left if session.run_id is None], client)
     taken = refused = 0
     for run_id in dict.fromkeys(session.run_id for session in left):
@@ -170,7 +170,7 @@ def sync(path: Path, client: Any, register: Register) -> str:
             return f"not sent: this store has no run {run_id} (is MLFLOW_TRACKING_URI set?)"
         mine = [session for session in left if session.run_id == run_id]
         copy = Copy(RunWriter(client, run_id, register), path)
-        copy.add(event for session in mine for event in _with_end(session))
+        copy.add(event for session in mine for event in session.events)
         copy.send()
         if copy.error:
             return f"stopped: {copy.added - copy.taken} events wait for MLflow"
@@ -192,14 +192,6 @@ def _give_run(path: Path, homeless: list[Session], client: Any) -> None:
     for session in homeless:
         session.run_id = run_id
     note(path, "run", [session.opened.session for session in homeless], run_id=run_id)
-
-
-def _with_end(session: Session) -> list[Event]:
-    """Its events; if its process was killed, with an end that says so."""
-    if session.is_closed:
-        return session.events
-    last = [session.opened, *session.events][-1]
-    return [*session.events, replace(last, kind="close", data={"status": "KILLED", "message": ""})]
 
 
 def _turn(event: Event) -> int:

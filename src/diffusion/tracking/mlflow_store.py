@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from diffusion import paths
 from diffusion.errors import UserError, checked_url
-from diffusion.locks import is_running, machine
+from diffusion.tracking.journal import JOURNAL, end_dead
 from diffusion.tracking.tracker import warn
 
 ALIVE_SECONDS = 2.0  # for the answer to a short request
@@ -121,17 +121,16 @@ def enter(client: Any, experiment: str, run_id: str | None, name: str, tags: Map
     from mlflow.entities import RunTag
 
     experiment_id = _experiment(client, experiment)
-    close_dead_runs(client, experiment_id)
+    close_dead_runs(client)
     run = _known(client, experiment_id, run_id) if run_id else None
     if run is None:
         link = {"linked_run_id": run_id} if run_id else {}
         return str(client.create_run(experiment_id, run_name=name, tags={**tags, **link}).info.run_id)
     found = run.info.run_id
-    if run.info.experiment_id != experiment_id:
-        close_dead_runs(client, run.info.experiment_id)
-        if "mlflow.project.entryPoint" not in run.data.tags:  # `mlflow run` has said where it puts its runs
-            place = client.get_experiment(run.info.experiment_id).name
-            warn(f"this training's run {found} stays in experiment {place}; {experiment} is for new ones")
+    project = "mlflow.project.entryPoint" in run.data.tags  # `mlflow run` has said where it puts its runs
+    if run.info.experiment_id != experiment_id and not project:
+        place = client.get_experiment(run.info.experiment_id).name
+        warn(f"this training's run {found} stays in experiment {place}; {experiment} is for new ones")
     client.update_run(found, status="RUNNING")
     client.log_batch(found, tags=[RunTag(key, value) for key, value in tags.items()], synchronous=True)
     if "error" in run.data.tags:
@@ -151,12 +150,13 @@ def has_run(client: Any, run_id: str) -> bool:
         return False
 
 
-def close_dead_runs(client: Any, experiment_id: str) -> None:
-    """End the RUNNING runs of this machine whose process is gone (SIGKILL, power cut) as KILLED."""
-    query = f"attributes.status = 'RUNNING' and tags.machine = '{machine()}'"
-    for run in client.search_runs([experiment_id], query, max_results=1000):
-        if not is_running(run.data.tags):
-            client.set_terminated(run.info.run_id, "KILLED")
+def close_dead_runs(client: Any) -> None:
+    """End the runs of this folder's journals whose process is gone (SIGKILL, power cut) as KILLED."""
+    for path in paths.RUNS.glob(f"*/{JOURNAL}"):
+        for session in end_dead(path):
+            run_id = session.run_id
+            if run_id and has_run(client, run_id) and client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, "KILLED")
 
 
 def _known(client: Any, experiment_id: str, run_id: str) -> Any | None:

@@ -4,6 +4,7 @@ Every call becomes a line of the journal (journal.py), which a thread copies to 
 waits, and a store that is away costs one warning line.
 """
 
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +14,8 @@ from typing import Any
 
 from diffusion.config import TrackingConfig
 from diffusion.errors import UserError, brief
-from diffusion.locks import this_process
 from diffusion.tracking import mlproject_run
-from diffusion.tracking.journal import JOURNAL, Journal, remembered, unsent
+from diffusion.tracking.journal import JOURNAL, Journal, end_dead, remembered, unsent
 from diffusion.tracking.mlflow_copy import CopiedJournal
 from diffusion.tracking.mlflow_store import answers, connect, enter
 from diffusion.tracking.mlflow_writer import Register, RunWriter
@@ -89,7 +89,7 @@ def _open(
     register: Register | None,
 ) -> Tracker:
     run_id = run_id or remembered(path)
-    opened = {"stage": stage, "name": name, "asked_run_id": run_id, "tags": {**this_process(), **tags}}
+    opened = {"stage": stage, "name": name, "asked_run_id": run_id, "tags": {"host": socket.gethostname(), **tags}}
     journal: Journal | None = None
     if config.enabled:
         try:
@@ -109,7 +109,8 @@ def _copied(config: TrackingConfig, path: Path, opened: Mapping[str, Any], regis
     if not answers(client):
         raise ConnectionError("the server does not answer")
     run_id, name, tags = opened["asked_run_id"], opened["name"], opened["tags"]
-    earlier = unsent(path)
+    end_dead(path)
+    earlier = [session for session in unsent(path) if session.is_closed]  # others are at work
     homeless = [session.opened.data for session in earlier if session.run_id is None]
     if homeless and run_id is None:
         name = homeless[0]["name"]
