@@ -14,7 +14,7 @@ from diffusion import paths
 from diffusion.data.download import inception_weights
 from diffusion.data.download.inception_weights import WeightsUnavailableError, find_inception_weights
 from diffusion.errors import UserError
-from diffusion.metrics import extractors
+from diffusion.metrics import extraction
 from diffusion.pipeline.weights import write_card
 
 
@@ -186,16 +186,16 @@ def test_what_depends_on_the_answer_follows_it(
     """And not what lies there by now: DVC would not know of that."""
     config = tiny(**{"evaluate.inception": "local"}).evaluate
     with pytest.raises(UserError, match="run `dvc repro weights`"):
-        extractors.inception_weights(config)
+        extraction.inception_weights(config)
     write_card(tiny(**{"evaluate.inception": "local"}))
     named = config.model_copy(update={"inception_weights": str(mine(b"late"))})
-    assert extractors.inception_weights(named) is None
+    assert extraction.inception_weights(named) is None
     assert "FID IS SKIPPED" in (said := capsys.readouterr().err)
     assert "then `make weights` and `dvc repro`" in said
     write_card(tiny(**{"evaluate.inception": "local", "evaluate.inception_weights": named.inception_weights}))
-    assert extractors.inception_weights(named) == mine(b"late")
+    assert extraction.inception_weights(named) == mine(b"late")
     with pytest.raises(UserError, match="Inception's weights are gone"):
-        extractors.inception_weights(config)
+        extraction.inception_weights(config)
     mine(b"another")
     with pytest.raises(UserError, match=r"is not what data/weights\.json says: run `make weights`"):
-        extractors.inception_weights(named)
+        extraction.inception_weights(named)

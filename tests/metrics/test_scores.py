@@ -10,7 +10,7 @@ from diffusion import paths
 from diffusion.config import Params
 from diffusion.data.download.inception_weights import sha256
 from diffusion.errors import UserError
-from diffusion.metrics import extractors, features, frechet_distance
+from diffusion.metrics import extraction, features, frechet_distance
 from diffusion.metrics.extraction import moments_of
 from diffusion.metrics.reference import Reference
 from diffusion.metrics.scores import evaluate
@@ -23,7 +23,7 @@ REQUIRED = {"evaluate.inception": "require", "sample.num_images": 5000}  # enoug
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Real images and samples where the stages look for them; no weights; three features for fd_lite0."""
-    monkeypatch.setattr(extractors, "EfficientNetLite0", SmallLite0)
+    monkeypatch.setattr(extraction, "EfficientNetLite0", SmallLite0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(paths, "WEIGHTS", tmp_path / "weights")
     paths.IMAGES.mkdir(parents=True)
@@ -104,9 +104,9 @@ def test_a_reference_of_other_images_is_not_used(tiny, workspace: Path, change: 
 @pytest.fixture
 def with_weights(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Weights of the user's own."""
-    monkeypatch.setattr(extractors, "Inception", SmallInception)
+    monkeypatch.setattr(extraction, "Inception", SmallInception)
     (workspace / "mine.pth").write_text("weights")
-    monkeypatch.setattr(extractors, "at_hand", lambda config: workspace / "mine.pth")
+    monkeypatch.setattr(extraction, "at_hand", lambda config: workspace / "mine.pth")
     answered(workspace / "mine.pth")
     return workspace / "mine.pth"
 
@@ -209,7 +209,7 @@ def test_the_other_measures_are_of_the_stored_features(tiny, workspace: Path, mo
     """KID, precision and recall, copies: the functions themselves on features that EfficientNet computed in one go."""
     from diffusion.metrics.neighbours import copies, kid, precision_recall
 
-    monkeypatch.setattr(extractors, "EfficientNetLite0", features.EfficientNetLite0)
+    monkeypatch.setattr(extraction, "EfficientNetLite0", features.EfficientNetLite0)
     few = {"evaluate.reference_images": 30, "evaluate.measures": ["kid", "precision_recall", "copies"]}
     params = tiny(**few, **{"evaluate.kept_features": 18})
     write_references(params)

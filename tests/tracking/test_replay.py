@@ -15,10 +15,8 @@ from helpers.stores import (
     close_in_time,
     journal_points,
     open_run,
-    server,
     stored_points,
     sync,
-    wait_for,
 )
 
 from diffusion.config import TrackingConfig
@@ -80,40 +78,6 @@ class TestReplay:
         assert run.info.run_name == "lr1-test"
         assert {"git.commit": "c2", "only.c1": "x", "only.c2": "x"}.items() <= run.data.tags.items()
 
-    @pytest.mark.parametrize(
-        "moment", [pytest.param(0, marks=pytest.mark.slow), 40, pytest.param(99, marks=pytest.mark.slow)]
-    )
-    def test_sync_sends_what_a_killed_server_missed(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
-    ) -> None:
-        (tmp_path / "f").write_text("a file")
-        journal = tmp_path / "run/journal.jsonl"
-        with server(database, tmp_path / "served") as (uri, kill):
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-            tracker = open_run(tmp_path / "run")
-            run_id = tracker.run_id
-            assert run_id
-            for step in range(100):
-                if step == moment:
-                    wait_for(lambda: len(stored_points(database, run_id)) == moment)
-                    kill()
-                tracker.metrics({"loss": math.cos(step)}, step)
-            tracker.artifact(tmp_path / "f", "notes")
-            close_in_time(tracker, "FAILED")
-        assert len(stored_points(database, run_id)) == moment
-        with server(database, tmp_path / "served") as (uri, _):
-            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-            client = mlflow_store.connect()
-            assert sync(journal, client).startswith("sent 10")
-            assert stored_points(database, run_id) == journal_points(journal)
-            assert client_of(database).get_run(run_id).info.status == "FAILED"
-            assert [p.read_text() for p in (tmp_path / "served").rglob("notes/f")] == ["a file"]
-            assert sync(journal, client) == "up to date"
-            lines = [line for line in journal.read_bytes().splitlines(keepends=True) if b'"sent"' not in line]
-            journal.write_bytes(b"".join(lines))  # as a power cut may leave it
-            assert sync(journal, client).startswith("sent 10")
-        assert stored_points(database, run_id) == journal_points(journal)
-
     def test_sync_makes_one_run_of_sessions_without_any(
         self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -131,21 +95,6 @@ class TestReplay:
         experiment = client.get_experiment_by_name(CONFIG.experiment)
         assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [run_id]
         assert client.get_run(run_id).info.run_name == "lr1-test"
-
-    def test_more_than_an_outage_may_hold_in_memory_is_sent(
-        self, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(mlflow_copy, "MAX_WAITING", 20)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-        journal = tmp_path / "run/journal.jsonl"
-        tracker = open_run(tmp_path / "run")
-        for step in range(50):
-            tracker.metrics({"loss": math.cos(step)}, step)
-        close_in_time(tracker)
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")
-        assert sync(journal) == "sent 51 events"
-        run_id = remembered(journal)
-        assert stored_points(database, run_id) == journal_points(journal)
 
     def fail_while_sending(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         """A session whose store goes away after its run was opened: the run's id."""
@@ -204,11 +153,6 @@ class TestReplay:
             assert sync(journal, client) == "not sent: MLflow refuses every event"
         assert sync(journal, client) == "sent 2 events, 1 were refused"
         assert sync(journal, client) == "up to date"
-
-    def test_a_journal_in_use_is_left_alone(self, database: Path, tmp_path: Path) -> None:
-        tracker = open_run(tmp_path / "run")
-        assert sync(tmp_path / "run/journal.jsonl").startswith("in use")
-        close_in_time(tracker)
 
 
 class TestDeadRuns:

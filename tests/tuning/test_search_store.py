@@ -45,12 +45,12 @@ def test_the_store_is_in_wal_mode_with_heartbeats(
     ("overrides", "variable", "words"),
     [
         ({"tune.workers": 5}, "", ["tune.workers = 5", "more than 4", "postgresql://"]),
-        ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://me:***@host/db", "neither", "postgresql://"]),
+        ({"tune.storage": "mysql://me:secret@host/db"}, "", ["mysql://***@host/db", "neither", "postgresql://"]),
         ({}, "redis://host", ["OPTUNA_STORAGE = redis://host", "neither"]),
         ({}, "sqlite://", ["OPTUNA_STORAGE = sqlite://", "names no file"]),
         ({"tune.storage": "sqlite:///:memory:"}, "", ["tune.storage = sqlite:", "names no file"]),
         ({"tune.storage": "a secret place"}, "", ["tune.storage = what is no URL", "postgresql://"]),
-        ({"tune.storage": "mysql://me:se/secret@host/db?password=secret"}, "", ["mysql://me:***@host/db is neither"]),
+        ({"tune.storage": "mysql://me:se/secret@host/db?password=secret"}, "", ["mysql://***@host/db is neither"]),
     ],
     ids=str,
 )

@@ -17,8 +17,7 @@ from diffusion.data.npz import UNREADABLE, headers, read_npz
 from diffusion.data.sources import STATISTICS, statistics_in
 from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
-from diffusion.metrics.extraction import Images, features_of, released
-from diffusion.metrics.extractors import AGAIN
+from diffusion.metrics.extraction import AGAIN, Images, features_of, released
 from diffusion.metrics.features import Extractor
 
 CHUNK = 1024  # images hashed at once, at most

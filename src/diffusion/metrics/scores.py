@@ -16,8 +16,7 @@ from diffusion.config import EvaluateConfig, Params
 from diffusion.data.npz import load_samples
 from diffusion.distributed import SINGLE_PROCESS, World
 from diffusion.errors import UserError
-from diffusion.metrics.extraction import Extracted, features_of
-from diffusion.metrics.extractors import for_samples, kept_images, reference_images
+from diffusion.metrics.extraction import Extracted, features_of, for_samples, kept_images, reference_images
 from diffusion.metrics.features import Extractor, Inception
 from diffusion.metrics.frechet import frechet_at_infinity
 from diffusion.metrics.names import metric_name

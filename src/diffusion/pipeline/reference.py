@@ -6,7 +6,7 @@ from diffusion import paths
 from diffusion.config import Params
 from diffusion.data.dataset import real_images
 from diffusion.distributed import joined
-from diffusion.metrics.extractors import for_reference, inception_weights, kept_images, reference_images
+from diffusion.metrics.extraction import for_reference, inception_weights, kept_images, reference_images
 from diffusion.metrics.reference import make_reference
 from diffusion.runtime import keep_freed_memory
 

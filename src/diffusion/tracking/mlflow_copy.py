@@ -73,7 +73,8 @@ class Copy:
             else:
                 self.taken += len(batch)
                 self.moved = time.monotonic()
-        self._say_outage()
+        if not stopped():
+            self._say_outage()
 
     def _say_outage(self) -> None:
         if self.error is None:

@@ -13,8 +13,7 @@ from tqdm import tqdm
 from diffusion.config import SampleConfig, TrainConfig, TrainedConfig
 from diffusion.data.dataset import Dataset
 from diffusion.errors import UserError
-from diffusion.metrics.extraction import features_of_batch
-from diffusion.metrics.extractors import AGAIN
+from diffusion.metrics.extraction import AGAIN, features_of_batch
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference, make_reference
 from diffusion.sampling import generation
