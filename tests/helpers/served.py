@@ -1,16 +1,20 @@
-"""Small models for the tests of registry and serving: random weights, so that their images say something."""
+"""Small models for the tests of registry and serving, with random weights; and requests to a server of one."""
 
+import http.client
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi.testclient import TestClient
 from helpers.project import REPO, TINY
 
 from diffusion import config, params_file
 from diffusion.model import model_file
 from diffusion.model.unet import UNet
 from diffusion.serving import registry
+
+JSON = {"Content-Type": "application/json"}
 
 
 def params_of(**overrides: Any) -> config.Params:
@@ -33,3 +37,16 @@ def described(weights: Path, params: config.Params, code: str = "c", **scores: f
     card = json.loads(weights.with_suffix(".json").read_text())
     found = [{"metric": name, "value": value, "of": "12 samples against 20"} for name, value in scores.items()]
     return registry.described("faces", weights, card, params.sample.model_dump(mode="json"), found, code)
+
+
+def ask(client: TestClient, **inputs: Any) -> dict[str, Any]:
+    answer = client.post("/invocations", json={"inputs": inputs})
+    assert answer.status_code == 200, answer.text
+    predictions: dict[str, Any] = answer.json()["predictions"]
+    return predictions
+
+
+def call(port: int, method: str, path: str, body: str | None = None) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request(method, path, body, JSON)
+    return connection.getresponse()

@@ -264,16 +264,6 @@ def test_a_folder_with_all_files_in_one_is_read(tmp_path: Path) -> None:
     assert all(value.equal(found.state_dict()[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("place", ["unet", "."])
-def test_a_pickle_is_refused_with_the_reason(tmp_path: Path, place: str) -> None:
-    trained = small()
-    diffusers_format.write_pipeline(UNet(trained.model), trained, tmp_path)
-    weights = tmp_path / "unet" / diffusers_format.WEIGHTS
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(UserError, match=r"\.bin is a pickle, which can run any code: .*save_pretrained"):
-        diffusers_format.read_pipeline(tmp_path / "unet" if place == "." else tmp_path)
-
-
 def test_the_command_goes_both_ways(tmp_path: Path) -> None:
     trained = small()
     (tmp_path / "params.yaml").write_text((REPO / "params.yaml").read_text())

@@ -62,3 +62,12 @@ def test_a_foreign_model_of_classes_is_sampled_as_any_other(tmp_path: Path) -> N
     guided = params_file.load(paths.PARAMS, {"sample.guidance": 2.0, "train.label_dropout": 0.1})
     with pytest.raises(UserError, match="never trained without a class"):
         sample.sample(guided)
+
+
+@pytest.mark.parametrize("place", ["unet", "."])
+def test_a_pickle_is_refused_with_the_reason(tmp_path: Path, place: str) -> None:
+    """As diffusers itself writes one when it is asked to."""
+    foreign(tmp_path / "theirs").save_pretrained(tmp_path / "theirs/unet", safe_serialization=False)
+    (tmp_path / "theirs/unet" / diffusers_format.WEIGHTS).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"\.bin is a pickle, which can run any code: .*save_pretrained"):
+        diffusers_format.read_pipeline(tmp_path / "theirs" / place if place == "unet" else tmp_path / "theirs")
