@@ -1,6 +1,7 @@
 """DVC itself on the committed dvc.yaml: what an edit makes stale, what runs then, and what does not."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -82,3 +83,16 @@ def test_what_depends_on_a_change_runs(project: Project) -> None:
     assert project.repro("train") == {"train"}
     assert len(project.trainings()) == 2
     assert (project.folder / "models/model.safetensors").read_bytes() == weights  # trained anew, to the same bits
+
+
+@pytest.mark.slow
+def test_a_queued_experiment_runs_the_code_that_was_queued(project: Project) -> None:
+    project.dvc("exp", "run", "--queue", "--name", "queued", "-S", "train.lr=0.003")
+    project.edit("src/diffusion/training/loss.py", "raise SystemExit('edited since')\n")
+    project.dvc("queue", "start")
+    deadline = time.monotonic() + 240
+    while "Success" not in (status := project.dvc("queue", "status")):
+        assert "Failed" not in status, project.dvc("queue", "logs", "queued")
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
+    assert "edited since" in project.dvc("repro", "train", check=False)  # which the workspace's own run does
