@@ -111,7 +111,7 @@ def test_what_lies_beside_the_journal_is_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "run/artifacts").exists()
 
 
-def test_system_metrics_have_mlflows_names_and_psutils_values() -> None:
+def test_system_metrics_have_mlflows_names_and_psutils_values(monkeypatch: pytest.MonkeyPatch) -> None:
     system = SystemMetrics(wanted=True)
     read = system.read()
     assert {"system/cpu_utilization_percentage", "system/disk_usage_megabytes"} <= set(read)
@@ -119,6 +119,8 @@ def test_system_metrics_have_mlflows_names_and_psutils_values() -> None:
     assert read["system/system_memory_usage_megabytes"] == pytest.approx(used, rel=0.2)
     assert system.read() == {}  # not again within seconds
     assert SystemMetrics(wanted=False).read() == {}
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    assert SystemMetrics(wanted=True).read() == {}
 
 
 def test_a_monitor_that_fails_is_dropped_and_named_once(

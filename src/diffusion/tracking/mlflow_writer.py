@@ -1,6 +1,7 @@
 """How events become an MLflow run's points, parameters, files, pictures and models, and what the system metrics are."""
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -122,7 +123,7 @@ class SystemMetrics:
     def __init__(self, *, wanted: bool) -> None:
         self._monitors: list[Any] = []
         self._next = 0.0
-        if not wanted:
+        if not wanted or os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in ("false", "0"):
             return
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor

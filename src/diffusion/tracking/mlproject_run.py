@@ -17,7 +17,7 @@ RANDOM_NAME = re.compile(r"[a-z]+-[a-z]+-\d+")  # MLflow's own, where `mlflow ru
 def adopt(client: Any, experiment: str, name: str) -> str | None:
     """Id of the run that waits to be a new pipeline's, called `name` unless the user named it; None if none does."""
     run = _opened(client)
-    if run is None or "host" in run.data.tags:  # a training has entered it already
+    if run is None or run.info.status != "RUNNING" or "host" in run.data.tags:  # a training has entered it already
         return None
     run_id = str(run.info.run_id)
     if RANDOM_NAME.fullmatch(run.info.run_name or ""):
@@ -31,7 +31,11 @@ def adopt(client: Any, experiment: str, name: str) -> str | None:
 def link(client: Any, run_id: str) -> None:
     """Let the run that `mlflow run` opened say that the command wrote to `run_id`, if that is another."""
     opened = _opened(client)
-    if opened is None or opened.info.run_id == run_id:
+    if opened is None:
+        if unused := [name for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID") if os.environ.get(name)]:
+            warn(f"{' and '.join(unused)} not used: a pipeline has its own run, in MLFLOW_EXPERIMENT_NAME's experiment")
+        return
+    if opened.info.status != "RUNNING" or opened.info.run_id == run_id:
         return
     target = client.get_run(run_id).info
     address = f"#/experiments/{target.experiment_id}/runs/{run_id}"
@@ -40,7 +44,7 @@ def link(client: Any, run_id: str) -> None:
 
 
 def _opened(client: Any) -> Any | None:
-    """The run of MLFLOW_RUN_ID if `mlflow run` opened it in this store and still waits for its command."""
+    """The run of MLFLOW_RUN_ID if `mlflow run` opened it in this store; RUNNING while it waits for its command."""
     run_id = os.environ.get("MLFLOW_RUN_ID")
     if not run_id:
         return None
@@ -50,4 +54,4 @@ def _opened(client: Any) -> Any | None:
         if not is_refusal(error):
             raise
         return None  # of another store
-    return run if "mlflow.project.entryPoint" in run.data.tags and run.info.status == "RUNNING" else None
+    return run if "mlflow.project.entryPoint" in run.data.tags else None
