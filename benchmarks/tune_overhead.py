@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import optuna
 from machine import report
 from overheads import Clock
 
@@ -27,7 +28,7 @@ REPO = Path(__file__).parents[1]
 SHARE = 10
 TRIALS = 3
 LOOKS = 50
-COUNTED = ("claim", "suggest", "report", "tell", "tracking: open", "tracking: events", "tracking: close", "line")
+COUNTED = ("stale", "ask", "suggest", "report", "tell", "tracking: open", "tracking: events", "tracking: close", "line")
 
 
 @click.command()
@@ -51,16 +52,17 @@ def measure() -> dict[str, Any]:
     """Run the trials in the working folder with a clock on each part."""
     from diffusion.tracking import mlflow_copy, runs, tracker
     from diffusion.training import loop
-    from diffusion.tuning import report, search, store, study, trial, worker
+    from diffusion.tuning import report, search, storage, study, trial, worker
 
     full = params_file.load("params.yaml")
     images, log_every = full.tune.images_per_trial // SHARE, max(1, full.train.log_every // SHARE)
     overrides = {"tune.images_per_trial": images, "train.log_every": log_every, "tune.trials": TRIALS}
     params = params_file.load("params.yaml", overrides)
     clock = Clock()
-    clock.watch(study.SharedStudy, "claim")
-    clock.watch(study.SharedStudy, "tell")
-    clock.watch(worker, "_attempt", "suggest")
+    clock.watch(optuna.storages, "fail_stale_trials", "stale")
+    clock.watch(optuna.Study, "ask")
+    clock.watch(storage.Storage, "set_trial_state_values", "tell")
+    clock.watch(worker.Worker, "_attempt", "suggest")
     clock.watch(trial.Attempt, "report")
     clock.watch(trial.Line, "show", "line")
     clock.watch(runs, "open_run", "tracking: open")
@@ -69,9 +71,9 @@ def measure() -> dict[str, Any]:
     clock.watch(loop.Trainer, "step")
     clock.watch(trial, "common_error")
     marks = [mark(clock)]
-    job = worker.Job("0" * 16, params, store.storage_url(params.tune), run_id=None, prepare=trial.Trainings)
-    worker.work(job, 0, lambda: False, after=lambda: marks.append(mark(clock)))
-    ledger = report.Ledger(study.SharedStudy(job.study, params, job.url), tracker.Tracker())
+    job = worker.Job("0" * 16, params, storage.storage_url(params.tune), run_id=None, prepare=trial.Trainings)
+    worker.Worker(job, 0, lambda: False).work(after=lambda: marks.append(mark(clock)))
+    ledger = report.Ledger(study.open_study(job.study, params, job.url), params, tracker.Tracker())
     start = time.perf_counter()
     for _ in range(LOOKS):
         search.look(ledger)

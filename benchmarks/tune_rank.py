@@ -22,6 +22,7 @@ import optuna
 import torch
 from machine import RESULTS, report
 from objectives import DDIM, quality
+from optuna.trial import TrialState
 from scipy.stats import spearmanr
 from solvers import Scorer
 
@@ -32,10 +33,10 @@ from diffusion.metrics.features import EfficientNetLite0
 from diffusion.params_file import load
 from diffusion.runtime import keep_freed_memory
 from diffusion.training.loop import Trainer, train
-from diffusion.tuning.objective import common_error, draw, load_reference, score
+from diffusion.tuning.objective import common_error, load_reference, samples, score
 from diffusion.tuning.search import study_name
-from diffusion.tuning.space import LR_HORIZON, trial_config
-from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.space import LR_HORIZON, read_space, trial_config
+from diffusion.tuning.study import open_study, trials
 
 CPU = torch.device("cpu")
 KEYS = ("train.lr", "train.lr_schedule", "train.warmup_steps", "diffusion.schedule")
@@ -116,10 +117,10 @@ def of_study(params: Params) -> dict[str, Any]:
     name_of_study, url = study_name(params, Dataset.load().identity, reference), f"sqlite:///{paths.OPTUNA_DB}"
     if name_of_study not in optuna.get_all_study_names(url):
         return {}
-    shared, found = SharedStudy(name_of_study, params, url), dict[str, Any]()
+    study, space, found = open_study(name_of_study, params, url), read_space(params), dict[str, Any]()
     budget = params.tune.images_per_trial
-    for done in shared.trials("COMPLETE"):
-        values = {dimension.key: dimension.used(done.params[dimension.key]) for dimension in shared.space}
+    for done in trials(study, TrialState.COMPLETE):
+        values = {dimension.key: dimension.used(done.params[dimension.key]) for dimension in space}
         errors = {"common_error_half": done.intermediate_values[budget // 2]}
         errors["common_error"] = done.intermediate_values[budget]
         result = {key: round(value, 5) for key, value in errors.items()} | {"fd_lite0": round(done.values[0], 1)}
@@ -130,7 +131,7 @@ def of_study(params: Params) -> dict[str, Any]:
 
 
 def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """One training as long as a trial, and what it could be judged by."""
+    """One training as long as a trial, and what it could be scored by."""
     params = load("params.yaml")
     scorer, errors = Scorer(params, CPU), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +144,7 @@ def trial(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
         for record in train(trainer):
             if record.step in points:
                 errors[points[record.step]] = round(common_error(trainer), 5)
-    images = draw(trainer, params)
+    images = samples(trainer, params)
     distance = score(images, params, scorer.reference, scorer.extractor, CPU)
     found = {**errors, "fd_lite0": round(distance, 1), "train_seconds": round(trainer.progress.seconds)}
     return {**found, "conditions": conditions(params, kind)}

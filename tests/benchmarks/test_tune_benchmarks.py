@@ -112,7 +112,7 @@ def test_a_trial_of_the_search_is_the_trial_that_is_ranked(
 
     monkeypatch.setattr(rank, "load", lambda _: params)
     monkeypatch.setattr(rank, "Scorer", lambda *_: SimpleNamespace(reference=None, extractor=None))
-    monkeypatch.setattr(rank, "draw", lambda *_: None)
+    monkeypatch.setattr(rank, "samples", lambda *_: None)
     monkeypatch.setattr(rank, "score", lambda *_: float(table()[0]["value"]))
     again = rank.trial(values, "trial")
     del again["train_seconds"]
@@ -195,10 +195,10 @@ def test_results_are_kept_for_the_same_recipe_and_setting_alone(
 def test_overhead_is_scaled_to_a_whole_trial(script: Any) -> None:
     """Two trials of 10 s with 8 s of steps are 82 s each when the steps are ten times as many."""
     overhead = script("tune_overhead")
-    first = {"all": 100.0, "step": 5.0, "background": 1.0, "claim": 1.0, "common_error": 0.0}
-    last = {"all": 120.0, "step": 21.0, "background": 1.8, "claim": 1.2, "common_error": 1.64, "tell": 0.4}
+    first = {"all": 100.0, "step": 5.0, "background": 1.0, "ask": 1.0, "common_error": 0.0}
+    last = {"all": 120.0, "step": 21.0, "background": 1.8, "ask": 1.2, "common_error": 1.64, "tell": 0.4}
     found = overhead.shares(first, last, 2, looks=0.001)
     assert found["seconds_of_a_default_trial"] == 10 + 9 * 8
-    assert found["seconds"] == {"claim": 0.1, "tell": 0.2, "background": 0.4, "looks": 0.082}
+    assert found["seconds"] == {"ask": 0.1, "tell": 0.2, "background": 0.4, "looks": 0.082}
     assert found["share_of_optuna_and_tracking"] == round(0.782 / 82, 4)
     assert found["share_of_the_common_error"] == 0.01

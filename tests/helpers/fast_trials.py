@@ -1,6 +1,6 @@
 """An objective for tests of everything around trainings: steps of sleep, a checkpoint that is a file, a formula.
 
-As a command, `python -m helpers.fast_trials '{"tune.trials": 4}'` is a sitting of a study in the working folder. While
+As a command, `python -m helpers.fast_trials '{"tune.trials": 4}'` is `make tune` in the working folder. While
 a file named `hold` lies there, trials wait after their first step; one of them finds a file named `outage`, and no
 store.
 """
@@ -25,13 +25,14 @@ from sqlalchemy.pool import NullPool
 from diffusion import params_file
 from diffusion.config import Params
 from diffusion.errors import UserError
-from diffusion.tuning import search
-from diffusion.tuning.store import storage_url
+from diffusion.tuning import search, storage
+from diffusion.tuning.storage import storage_url
 from diffusion.tuning.trial import Attempt, Objective
 
 STUDY = "00000000c1fa0010"
 STEPS = 8
 SECONDS = float(os.environ.get("FAST_TRIAL_SECONDS", "0.3"))  # a step
+storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 6  # workers are processes that import this file
 HOLD, OUTAGE = Path("hold"), Path("outage")
 
 
@@ -47,7 +48,7 @@ def value(rate: float, schedule: str) -> float:
 
 def objective(attempt: Attempt) -> float:
     """Step on from where an earlier try was; steps.txt has a line `process step` for each step done."""
-    budget = attempt.shared.config.images_per_trial
+    budget = attempt.config.images_per_trial
     attempt.folder.mkdir(parents=True, exist_ok=True)
     record = attempt.folder / "steps.txt"
     done = len(record.read_text().splitlines()) if record.exists() else 0
@@ -78,7 +79,7 @@ class Store:
     """A study's store as a test looks into it, however often: no connection stays open in between."""
 
     def __init__(self, url: str) -> None:
-        """Of a study that a sitting makes at some time."""
+        """Of a study that a search makes at some time."""
         self.url = url
         self.study: optuna.Study | None = None
 
@@ -91,7 +92,7 @@ class Store:
         return [trial for trial in self.study.trials if not states or trial.state.name in states]
 
     def _has_study(self) -> bool:
-        """Asked without Optuna, which would make tables while the sitting makes them."""
+        """Asked without Optuna, which would make tables while the search makes them."""
         try:
             with create_engine(self.url, poolclass=NullPool).connect() as connection:
                 return STUDY in connection.exec_driver_sql("SELECT study_name FROM studies").scalars()
@@ -104,13 +105,15 @@ def main(overrides: str) -> None:
 
     Exit status 130: it was stopped; 2: a UserError, which is one line.
     """
+    from helpers import fast_trials  # not __main__, which workers could not import
+
     os.dup2(2, 1)  # one record of all that is said, in order
     params = params_file.load(
         REPO / "params.yaml",
         {"tracking.enabled": False, "tune.pruner": "none", **json.loads(overrides)},
     )
     try:
-        search.search(STUDY, params, storage_url(params.tune), prepare)
+        search.search(STUDY, params, storage_url(params.tune), fast_trials.prepare)
     except KeyboardInterrupt as error:
         print(error)
         sys.exit(130)

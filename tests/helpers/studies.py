@@ -18,7 +18,7 @@ from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.progress import Record
 from diffusion.tuning import search, trial
-from diffusion.tuning.store import storage_url
+from diffusion.tuning.storage import storage_url
 from diffusion.tuning.trial import Attempt
 
 SPACE = {
@@ -54,7 +54,7 @@ def place(tmp_path: Path, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(search, "EfficientNetLite0", StubExtractor)
     monkeypatch.setattr(trial, "EfficientNetLite0", StubExtractor)
     monkeypatch.setattr(trial.Trainings, "_score", formula)
-    monkeypatch.setattr(search, "draw_figures", lambda shared: None)  # seconds; they have a test of their own
+    monkeypatch.setattr(search, "plot_figures", lambda study: None)  # seconds; they have a test of their own
     write_reference(images=20)
     return tmp_path
 
@@ -90,7 +90,7 @@ def name_of(params: config.Params) -> str:
 
 
 def stop_after(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes after the fifth step of trial number `trials` (from 0) of the sitting."""
+    """SIGTERM comes after the fifth step of trial number `trials` (from 0) of the search."""
     seen: list[Path] = []
 
     def interrupted(trainer: Trainer) -> Iterator[Record]:

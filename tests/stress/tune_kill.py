@@ -42,7 +42,7 @@ def main(trials: int, workers: int, every: float, seed: int) -> None:
 
 
 def run(folder: Path, trials: int, workers: int, every: float, chance: random.Random) -> dict:
-    """One study, from the first sitting to the last; what was found."""
+    """One study, from the first search to the last; what was found."""
     overrides = json.dumps({"tune.trials": trials, "tune.workers": workers})
     command = [sys.executable, "-m", "helpers.fast_trials", overrides]
     environment = {**os.environ, "PYTHONPATH": f"{REPO}/src:{REPO}/tests", "DVC_ROOT": str(folder)}
@@ -51,31 +51,35 @@ def run(folder: Path, trials: int, workers: int, every: float, chance: random.Ra
     url = os.environ.get("OPTUNA_STORAGE") or f"sqlite:///{folder}/optuna/study.db"
     store, start, status = Store(url), time.monotonic(), None
     while status != 0 and time.monotonic() - start < 1200:
-        kills["sittings"] += 1
-        sitting = subprocess.Popen(command, cwd=folder, env=environment)
-        status = _harass(sitting, store, every, chance, kills)
-    return {"seconds": round(time.monotonic() - start, 1), **kills, **_found(folder, store, trials, kills["kills"])}
+        kills["starts"] += 1
+        search = subprocess.Popen(command, cwd=folder, env=environment)
+        status = _harass(search, store, every, chance, kills)
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        **kills,
+        **_found(folder, store, trials, workers, kills["kills"]),
+    }
 
 
 def _harass(
-    sitting: "subprocess.Popen[bytes]",
+    search: "subprocess.Popen[bytes]",
     store: Store,
     every: float,
     chance: random.Random,
     kills: "collections.Counter[str]",
 ) -> int:
-    """Kill workers amid their trials, in one case of eight the whole sitting, until it ends; its exit status."""
+    """Kill workers amid their trials, in one case of eight the whole search, until it ends; its exit status."""
     while True:
         try:
-            return sitting.wait(chance.expovariate(1 / every))
+            return search.wait(chance.expovariate(1 / every))
         except subprocess.TimeoutExpired:
             victims = _at_work(store)
             if not victims:  # they are starting
                 continue
             if chance.random() < 1 / 8:
-                sitting.send_signal(signal.SIGKILL)  # its workers see that it is gone, and stop
+                search.send_signal(signal.SIGKILL)  # its workers see that it is gone, and stop
                 kills["kills_of_all"] += 1
-                return sitting.wait()
+                return search.wait()
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(chance.choice(victims), signal.SIGKILL)
                 kills["kills"] += 1
@@ -87,7 +91,7 @@ def _at_work(store: Store) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
-def _found(folder: Path, store: Store, trials: int, kills: int) -> dict:
+def _found(folder: Path, store: Store, trials: int, workers: int, kills: int) -> dict:
     """What the table and the trials' own records say."""
     with (folder / "tuning/trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -97,14 +101,15 @@ def _found(folder: Path, store: Store, trials: int, kills: int) -> dict:
     begun = set(first.values())
     records = [path.read_text().splitlines() for path in (folder / "runs").glob("*/steps.txt")]
     twice = sum(len(lines) - len({line.split()[1] for line in lines}) for lines in records)
-    drawn = {tuple(sorted(trial.params.items())) for trial in store.trials() if trial.params}
+    waiting = {first[row["number"]] for row in rows if row["state"] == "WAITING"}  # queued when enough were done
+    proposed = {tuple(sorted(trial.params.items())) for trial in store.trials() if trial.params}
     checks = {
         "workers_were_killed": kills > 0,
-        "finished_is_what_was_asked_for": sum(finished.values()) == trials,
-        "none_running": states["RUNNING"] == states["WAITING"] == 0,
-        "none_lost": begun == set(finished),
+        "finished_is_what_was_asked_for": trials <= sum(finished.values()) < trials + workers,
+        "none_running": states["RUNNING"] == 0,
+        "none_lost": begun == set(finished) | waiting,
         "none_twice": max(finished.values()) == 1 and twice == 0,
-        "none_proposed_twice": len(drawn) == trials,
+        "none_proposed_twice": len(proposed) == len(begun),
     }
     return {"states": dict(states), "steps_done_twice": twice, **checks, "all_hold": all(checks.values())}
 

@@ -10,7 +10,7 @@ from helpers.studies import TUNE, fast_trials_at_once
 from diffusion import config, params_file, paths
 from diffusion.errors import UserError
 from diffusion.tuning import apply, search
-from diffusion.tuning.store import storage_url
+from diffusion.tuning.storage import storage_url
 
 
 def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:

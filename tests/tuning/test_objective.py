@@ -1,4 +1,4 @@
-"""What trials are judged by, against denoisers whose error is known."""
+"""What trials are scored by, against denoisers whose error is known."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.loss import Loss
 from diffusion.training.scoring import preview_config
-from diffusion.tuning.objective import common_error, draw, score
+from diffusion.tuning.objective import common_error, samples, score
 
 SCHEDULES = ("linear", "cosine", "sigmoid", "edm")
 
@@ -109,7 +109,7 @@ def test_the_score_is_what_the_stages_would_give(
     save_model(tmp_path / "model.safetensors", trained.best, trained.config, {})
     for parameter in trained.ema.net.parameters():
         parameter.data.mul_(0.5)  # as if training had gone on and become worse
-    value = score(draw(trained, params), params, reference, extractor, device)
+    value = score(samples(trained, params), params, reference, extractor, device)
 
     net, card = load_model(tmp_path / "model.safetensors")  # the way of the sample and evaluate stages
     schedule = make_schedule(card.diffusion.schedule, card.diffusion.num_steps)

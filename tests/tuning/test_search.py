@@ -2,13 +2,7 @@
 
 import errno
 import math
-import signal
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import fast_trials
-from helpers.project import REPO
 from helpers.studies import (
     SPACE,
     TUNE,
@@ -31,19 +24,17 @@ from helpers.studies import (
 from optuna.exceptions import StorageInternalError
 
 from diffusion import config, paths
-from diffusion.errors import StopRequest, UserError
+from diffusion.errors import UserError
 from diffusion.metrics.reference import Reference
-from diffusion.tracking.tracker import Tracker
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.progress import Record
 from diffusion.tuning import search, trial
-from diffusion.tuning.store import storage_url
-from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.storage import storage_url
 from diffusion.tuning.trial import Attempt
 
 
-def test_trials_are_counted_over_all_sittings_and_a_stopped_one_goes_on(
+def test_trials_are_counted_over_all_runs_and_a_stopped_one_goes_on(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = tiny(**TUNE | {"tune.trials": 3})
@@ -99,14 +90,6 @@ def test_other_seeds_propose_other_points(place: Path, tiny: Callable[..., confi
         proposed.append(table()[1]["train.lr"])
         paths.OPTUNA_DB.unlink()
     assert proposed[0] != proposed[1] == proposed[2]
-
-
-def test_ctrl_c_while_a_worker_is_started_is_heard_afterwards() -> None:
-    with StopRequest() as stop:
-        with search._inherited({}):
-            signal.pthread_kill(threading.get_ident(), signal.SIGINT)  # others that tests have would not hold it back
-            assert not stop.asked
-        assert stop.asked
 
 
 @pytest.mark.parametrize(
@@ -240,35 +223,17 @@ def test_each_worker_has_a_gpu_of_its_own(
     assert search.own_gpu(0, torch.device("cpu")) == {}
 
 
-def test_machines_that_begin_together_have_one_run(
-    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Opening a run takes a while, in which neither must find that there is none."""
-    params, created = tiny(**TUNE), list[str]()
-
-    def slow(*_: object, run_id: str | None, **__: object) -> Tracker:
-        tracker = Tracker()
-        tracker.run_id = run_id or f"run {len(created)}"
-        created.append(tracker.run_id)
-        time.sleep(0.5)
-        return tracker
-
-    monkeypatch.setattr("diffusion.tracking.runs.open_run", slow)
-    machines = [SharedStudy("0" * 16, params, storage_url(params.tune)) for _ in range(2)]
-    with ThreadPoolExecutor() as pool:
-        assert [run_id for _, run_id in pool.map(search._study_run, machines)] == ["run 0", "run 0"]
-    assert created == ["run 0", "run 0"]
-
-
 def test_a_store_that_is_away_for_a_moment_is_the_workers_to_notice() -> None:
     """The process that waits for them looks again; a bug of its own ends the search."""
 
     class Away:
-        def update(self) -> None:
+        @property
+        def study(self) -> None:
             raise StorageInternalError("the server closed the connection")
 
     class Broken:
-        def update(self) -> None:
+        @property
+        def study(self) -> None:
             raise ZeroDivisionError
 
     assert search.look(Away()) == 0
@@ -291,10 +256,3 @@ def test_a_missing_or_other_reference_is_named(place: Path, tiny: Callable[..., 
     (paths.REFERENCE / "fd_lite0.npz").unlink()
     with pytest.raises(UserError, match=r"fd_lite0.npz cannot be used .* run `dvc repro .*reference`"):
         search.tune(tiny(**TUNE))
-
-
-def test_the_library_imports_without_optuna() -> None:
-    code = "import sys; sys.modules['optuna'] = None; import diffusion.tuning, stages.tune"
-    path = f"{REPO}/src:{REPO}"
-    run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, check=False)
-    assert run.returncode == 0, run.stderr

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import optuna
 import pytest
 from helpers import fast_trials
 from helpers.project import REPO
@@ -19,8 +18,9 @@ from diffusion.tracking.tracker import Tracker
 from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.tuning import apply, report, search, trial
-from diffusion.tuning.store import quiet, storage_url
-from diffusion.tuning.study import SharedStudy
+from diffusion.tuning.space import read_space
+from diffusion.tuning.storage import quiet, storage_url
+from diffusion.tuning.study import enqueue_first, open_study
 from diffusion.tuning.trial import Attempt
 
 
@@ -52,19 +52,20 @@ def test_best_is_the_least_of_the_table_and_goes_into_params(
     assert apply.apply(paths.BEST_YAML, file) == ""
 
 
-def test_a_best_that_was_found_between_sittings_is_told_the_studys_run(
+def test_a_best_that_was_found_meanwhile_is_told_the_studys_run(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a worker that ended after its parent."""
     tagged: dict[str, str] = {}
     monkeypatch.setattr(Tracker, "tags", lambda self, tags: tagged.update(tags))
     params = tiny(**TUNE | {"tune.trials": 1})
-    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
-    trial = shared.claim()
-    assert trial
-    for dimension in shared.space:
+    study = open_study("0" * 16, params, storage_url(params.tune))
+    enqueue_first(study, params)
+    with quiet():
+        trial = study.ask()
+    for dimension in read_space(params):
         dimension.suggest(trial)
-    shared.tell(trial, "COMPLETE", 1.5)
+    study.tell(trial, 1.5)
     search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
     assert (tagged["best_trial"], tagged["best_fd_lite0"]) == ("0", "1.5000")
 
@@ -79,7 +80,7 @@ def test_other_batch_sizes_come_with_as_many_steps_as_see_the_same_images(
 
 
 @pytest.mark.slow
-def test_the_figures_are_drawn(
+def test_the_figures_are_plotted(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
@@ -101,20 +102,19 @@ def test_importances_are_shares_of_the_variance(
 ) -> None:
     """Of a sum of two terms on a full grid, where the shares are known."""
     params = tiny(**TUNE | {"tune.storage": f"sqlite:///{place}/study.db"})
-    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
+    study = open_study("0" * 16, params, storage_url(params.tune))
     by_schedule = {"linear": 540.0, "cosine": 495.0, "sigmoid": 468.0}
     by_rate = {3e-4: 0.0, 6e-4: 4.0, 1.2e-3: 8.0, 2.4e-3: 12.0}
-    study = optuna.load_study(study_name=shared.name, storage=shared.storage)
     for schedule, lr in itertools.product(by_schedule, by_rate):
         study.enqueue_trial({"train.lr": lr, "train.lr_schedule": "cosine", "diffusion.schedule": schedule})
         with quiet():
             trial = study.ask()
-        for dimension in shared.space:
+        for dimension in read_space(params):
             dimension.suggest(trial)
         study.tell(trial, by_schedule[schedule] + by_rate[lr])
     drawn: dict[str, Figure] = {}
     monkeypatch.setattr(report, "_save", lambda figure, path: drawn.update({path.name: figure}))
-    report.draw_figures(shared)
+    report.plot_figures(study)
     axes = drawn["importance.png"].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     shares = dict(zip(names, (bar.get_width() for bar in axes.patches), strict=False))

@@ -1,21 +1,46 @@
 """Which trials are begun, with which values, and what becomes of those whose worker died."""
 
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
+from helpers import fast_trials
+from helpers.project import REPO
 from helpers.studies import SPACE, TUNE, fast_trials_at_once, name_of, search_at_once, states, stop_after, table
 
-from diffusion import config, paths
+from diffusion import config
 from diffusion.training import loop
-from diffusion.tuning import search, trial
-from diffusion.tuning.space import first_settings
-from diffusion.tuning.store import GRACE_SECONDS, quiet, storage_url
-from diffusion.tuning.study import SharedStudy
+from diffusion.tuning import search, storage, study, trial
+from diffusion.tuning.space import first_settings, read_space
+from diffusion.tuning.storage import quiet, storage_url
+from diffusion.tuning.study import WORKER, enqueue_first, make_sampler, open_study, retry_lost
+from diffusion.tuning.trial import Attempt
+
+STALE = "UPDATE trial_heartbeats SET heartbeat = '2000-01-01 00:00:00'"
+
+
+def opened(params: config.Params) -> optuna.Study:
+    found = open_study(name_of(params), params, storage_url(params.tune))
+    enqueue_first(found, params)
+    return found
+
+
+def begin(known: optuna.Study, params: config.Params) -> tuple[optuna.Trial, dict[str, object]]:
+    """A trial as a worker begins it, with its first heartbeat; and its values."""
+    with quiet():
+        begun = known.ask()
+    values = {dimension.key: dimension.suggest(begun) for dimension in read_space(params)}
+    begun.set_user_attr(WORKER, begun.number)
+    known._storage.record_heartbeat(begun._trial_id)
+    return begun, values
+
+
+def kill(params: config.Params) -> None:
+    """All trials at work have had no heartbeat for long."""
+    with storage.open_storage(storage_url(params.tune), study.retry()).engine.begin() as connection:
+        connection.exec_driver_sql(STALE)
 
 
 def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
@@ -34,230 +59,128 @@ def test_no_point_is_proposed_twice_and_the_first_is_the_present_setting(
     assert table()[0]["train.lr"] == str(params.train.lr)
 
 
-def test_a_trial_that_a_dead_process_left_running_is_tried_again_and_counts_once(
+def test_a_trial_whose_heartbeat_stopped_is_tried_again_and_counts_once(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
     params = tiny(**TUNE)
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    trial = shared.claim()
-    assert trial
-    rate = shared.space[0].suggest(trial)
-    trial.report(7.0, 4)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    trial.set_user_attr("pid", str(dead.pid))
+    known = opened(params)
+    begun, values = begin(known, params)
+    begun.report(7.0, 4)
+    kill(params)
     search_at_once(params)
-    rows = table()
-    assert [row["state"] for row in rows] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert (rows[0]["reason"], rows[1]["retry_of"]) == ("its worker was killed", "0")
-    assert rows[0]["train.lr"] == rows[1]["train.lr"] == str(rate)
-    again = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}").trials[1]
-    assert again.intermediate_values[4] == 7.0, "what the first try reported is lost"
+    rows = [row for row in table() if row["state"] != "WAITING"]
+    assert [row["state"] for row in rows].count("COMPLETE") == 3
+    assert (rows[0]["state"], rows[0]["reason"]) == ("FAIL", "its worker was killed")
+    (again,) = [row for row in rows if row["retry_of"] == "0"]
+    assert again["train.lr"] == rows[0]["train.lr"] == str(values["train.lr"])
+    assert known.trials[int(again["number"])].intermediate_values[4] == 7.0, "what the first try reported is lost"
 
 
-def test_a_trial_to_be_tried_again_is_nobodys(place: Path, tiny: Callable[..., config.Params]) -> None:
-    """A claim of it that is cut short must not look like the work of the one who had it first."""
-    params = tiny(**TUNE)
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    trial = shared.claim()
-    assert trial
-    trial.set_user_attr("pid", "999999999")
-    with shared.alone():
-        shared.recover()
-    (left,) = shared.trials("WAITING")
-    assert not {"host", "pid", "machine"} & set(left.user_attrs)
-    with quiet():
-        shared.study.ask()  # and dies
-    new = shared.claim()
-    assert new
-    assert shared.trials()[new.number].system_attrs["retry_history"] == [0, 1]
-
-
-def test_a_claim_that_was_cut_short_is_no_trial_at_work(place: Path, tiny: Callable[..., config.Params]) -> None:
-    """Killed between asking and signing: the trial names no process."""
-    params = tiny(**TUNE)
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    with quiet():
-        shared.study.ask()
-    search_at_once(params)
-    assert states() == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
-    assert len({row["train.lr"] for row in table()[1:]}) == 3
-
-
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_claim_that_was_cut_short_before_its_values_were_drawn_repeats_no_other(
-    place: Path, tiny: Callable[..., config.Params], sampler: str
+def test_a_trial_that_died_before_its_first_heartbeat_is_tried_again(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second trial, of which params.yaml does not know the values."""
-    rates = {"train.lr": SPACE["train.lr"]}
-    params = tiny(**TUNE | {"tune.trials": 4, "tune.sampler": sampler, "tune.space": rates})
-    shared = SharedStudy("0" * 16, params, storage_url(params.tune))
-    first, second = shared.claim(), shared.claim()
-    assert first
-    assert second
-    for begun in (first, second):
-        begun.set_user_attr("pid", "999999999")
-    search.search("0" * 16, params, storage_url(params.tune), fast_trials_at_once)
-    complete = [row for row in table() if row["state"] == "COMPLETE"]
-    assert len(complete) == len({row["train.lr"] for row in complete}) == 4
+    """Which Optuna would leave RUNNING for ever."""
+    params = tiny(**TUNE)
+    known = opened(params)
+    with quiet():
+        known.ask()
+    begin(known, params)
+    retry_lost(known)
+    assert known.trials[0].state.name == "RUNNING", "its worker may be seeking its values"
+    monkeypatch.setattr(storage, "GRACE_SECONDS", -1)
+    for _ in range(2):
+        retry_lost(known)
+    running = known.trials[1]
+    assert running.state.name == "RUNNING", "it has its heartbeat"
+    again = [t for t in known.trials if t.system_attrs.get("failed_trial") == 0]
+    assert len(again) == 1
+    assert again[0].system_attrs["fixed_params"] == known.trials[0].system_attrs["fixed_params"]
 
 
 def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
     place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.tuning.study.MAX_KILLS", 2)
+    monkeypatch.setattr(study, "MAX_RETRIES", 2)
     params = tiny(**TUNE | {"tune.trials": 1})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
+    known = opened(params)
+    tried = []
     for _ in range(3):
-        trial = shared.claim()
-        assert trial
-        shared.space[0].suggest(trial)
-        trial.set_user_attr("pid", "999999999")
-    with shared.alone():
-        shared.recover()
-        shared.recover()  # changes nothing
-    assert [t.state.name for t in shared.trials()] == ["FAIL"] * 3
-    assert len({t.params["train.lr"] for t in shared.trials()}) == 1
-    new = shared.claim()
-    assert new
-    assert "failed_trial" not in shared.trials()[new.number].system_attrs
+        tried.append(begin(known, params)[1])
+        kill(params)
+        retry_lost(known)
+        retry_lost(known)  # changes nothing
+    assert [t.state.name for t in known.trials] == ["FAIL"] * 3
+    assert tried == [tried[0]] * 3
+    new = begin(known, params)[0].number
+    assert "failed_trial" not in known.trials[new].system_attrs
+
+
+@pytest.mark.parametrize("moment", ["at a report", "at its end"])
+def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(
+    place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str], moment: str
+) -> None:
+    params = tiny(**TUNE | {"tune.trials": 2})
+    known = opened(params)
+
+    def prepare(_: config.Params) -> Callable[[Attempt], float]:
+        def objective(attempt: Attempt) -> float:
+            if attempt.number == 0:
+                known.tell(0, state=optuna.trial.TrialState.FAIL)
+                study.retry()(known, known.trials[0])
+                if moment == "at a report":
+                    attempt.report(4, 1.0)
+            return float(attempt.number)
+
+        return objective
+
+    search.search(name_of(params), params, storage_url(params.tune), prepare)
+    assert table()[0]["value"] == ""
+    assert states().count("COMPLETE") == 2
+    assert "trial 0 was given to another worker" in capsys.readouterr().err
+
+
+def test_samplers_of_other_workers_and_of_a_later_start_repeat_nothing(
+    place: Path, tiny: Callable[..., config.Params]
+) -> None:
+    params, found = tiny(**TUNE), set()
+    for trials, worker in ((0, 0), (0, 1), (4, 0), (4, 1)):
+        known = optuna.create_study(sampler=make_sampler(params, "random", trials, worker))
+        found.add(known.ask().suggest_float("x", 0, 1))
+    assert len(found) == 4
 
 
 def test_a_setting_off_the_grid_is_not_the_first_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
     params = tiny(**TUNE | {"tune.space": {"train.batch_size": {"low": 2, "high": 8, "step": 3}}})
     assert params.train.batch_size == 4
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    trial = shared.claim()
-    assert trial
-    assert shared.space[0].suggest(trial) in (2, 5, 8)
-    trial.set_user_attr("pid", "999999999")
-    again = shared.claim()
-    assert again
-    assert shared.trials()[1].system_attrs["failed_trial"] == 0
+    assert begin(opened(params), params)[1]["train.batch_size"] in (2, 5, 8)
 
 
-def test_a_trial_of_another_machine_is_tried_again_when_its_heart_has_stopped(
+def test_each_choice_by_itself_is_tried_first_for_half_of_the_study(
     place: Path, tiny: Callable[..., config.Params]
 ) -> None:
-    """Whose worker may have died right after it took the trial."""
-    params = tiny(**TUNE | {"tune.trials": 2})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    for _ in range(2):
-        trial = shared.claim()
-        assert trial
-        shared.space[0].suggest(trial)
-        trial.set_user_attr("machine", "another")
-        trial.set_user_attr("pid", "999999999")  # a process's number means nothing there
-    late = f"datetime('now', '-{GRACE_SECONDS + 5} seconds')"
-    with shared.storage.engine.begin() as connection:
-        beats = connection.exec_driver_sql("SELECT trial_id FROM trial_heartbeats").scalars().all()
-        connection.exec_driver_sql(f"UPDATE trial_heartbeats SET heartbeat = {late} WHERE trial_id = {beats[0]}")
-    assert len(beats) == 2
-    taken = shared.claim()
-    assert taken
-    assert [t.state.name for t in shared.trials()] == ["FAIL", "RUNNING", "RUNNING"]
-    assert shared.trials()[taken.number].system_attrs["failed_trial"] == 0
-    assert shared.trials()[taken.number].params == shared.trials()[0].params
-    assert shared.claim() is None, "the trial whose heart beats was taken"
-
-
-def test_a_trial_that_a_dead_workers_server_completes_meanwhile_counts(
-    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Postgres may commit what a worker sent it after that was killed, and after recovery looked."""
-    params = tiny(**TUNE | {"tune.trials": 2})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    done = shared.claim()
-    assert done
-    done.set_user_attr("pid", "999999999")
-    real = shared.study.tell
-
-    def late(number: int, **how: Any) -> None:
-        monkeypatch.setattr(shared.study, "tell", real)
-        monkeypatch.setattr(shared.study.sampler, "after_trial", lambda *_: complete())
-        real(number, **how)
-
-    def complete() -> None:
-        shared.storage.set_trial_state_values(done._trial_id, optuna.trial.TrialState.COMPLETE, [1.0])
-
-    monkeypatch.setattr(shared.study, "tell", late)
-    new = shared.claim()
-    assert new
-    assert [(t.state.name, t.values) for t in shared.trials()] == [("COMPLETE", [1.0]), ("RUNNING", None)]
-
-
-def test_a_worker_that_was_taken_for_dead_does_not_spoil_what_came_after(
-    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It finishes after its trial was given to another: the value counts once, and it goes on with another trial."""
-    params = tiny(**TUNE | {"tune.trials": 2})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    late = shared.claim()
-    assert late
-    late.set_user_attr("pid", "999999999")
-    other = SharedStudy(name_of(params), params, storage_url(params.tune)).claim()
-    assert other
-    assert not shared.tell(late, "COMPLETE", 1.0)
-    assert shared.tell(other, "COMPLETE", 2.0)
-    assert [(t.state.name, t.values) for t in shared.trials()] == [("FAIL", None), ("COMPLETE", [2.0])]
-
-
-def test_no_more_trials_are_begun_than_there_are_to_be(place: Path, tiny: Callable[..., config.Params]) -> None:
-    """A trial that failed for good is replaced by another, not tried again."""
-    params = tiny(**TUNE)
-    views = [SharedStudy(name_of(params), params, storage_url(params.tune)) for _ in range(2)]
-    claimed = [views[i % 2].claim() for i in range(4)]
-    assert [trial and trial.number for trial in claimed] == [0, 1, 2, None]
-    views[0].tell(claimed[0], "FAIL", final=True, reason="bad")
-    assert [views[1].claim().number, views[0].claim()] == [3, None]
-    assert "retry_history" not in views[0].trials()[3].system_attrs
-
-
-@pytest.mark.parametrize("drawn", [True, False], ids=["killed at work", "killed before its values were drawn"])
-def test_each_choice_alone_is_tried_first_and_again_if_it_was_killed(
-    place: Path, tiny: Callable[..., config.Params], drawn: bool
-) -> None:
-    params = tiny(**TUNE | {"tune.trials": 10})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    expected = first_settings(params, shared.space)
-    assert len(expected) == 5
-    claimed = []
-    for number in range(8):
-        trial = shared.claim()
-        assert trial
-        if drawn or number != 2:
-            claimed.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
-        if number == 2:
-            trial.set_user_attr("pid", "999999999")
-    again = [shared.trials()[number].system_attrs.get("failed_trial") for number in range(8)]
-    assert again == [None, None, None, 2, None, None, None, None]
-    assert claimed[:-2] == expected[:2] + expected[2:3] * (1 + drawn) + expected[3:]
-    assert not any(values in expected for values in claimed[-2:])
-
-
-def test_what_a_longer_study_tries_first_is_what_was_not_tried_yet(
-    place: Path, tiny: Callable[..., config.Params]
-) -> None:
+    """A longer study tries what was not tried yet."""
     found = []
     for trials in (4, 10):
         params = tiny(**TUNE | {"tune.trials": trials})
-        shared = SharedStudy("0" * 16, params, storage_url(params.tune))
-        while trial := shared.claim():
-            found.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
-    expected = first_settings(params, shared.space)
-    assert [values for values in found if values in expected] == expected
+        known = open_study("0" * 16, params, storage_url(params.tune))
+        for _ in range(2):
+            enqueue_first(known, params)
+        found += [begin(known, params)[1] for _ in range(trials - len(found))]
+    expected = first_settings(params, read_space(params))
     assert found[:2] == expected[:2]
     assert found[4:7] == expected[2:]
+    assert not any(values in expected for values in [*found[2:4], *found[7:]])
 
 
-def test_half_of_a_study_at_least_is_for_the_sampler(place: Path, tiny: Callable[..., config.Params]) -> None:
-    params = tiny(**TUNE | {"tune.trials": 4})
-    shared = SharedStudy(name_of(params), params, storage_url(params.tune))
-    found = []
-    for _ in range(4):
-        trial = shared.claim()
-        assert trial
-        found.append({dimension.key: dimension.suggest(trial) for dimension in shared.space})
-    expected = first_settings(params, shared.space)
-    assert found[:2] == expected[:2]
-    assert not any(values in expected for values in found[2:])
+def test_no_private_attribute_of_optuna_is_used() -> None:
+    """So that another version of it changes nothing here."""
+    for file in (REPO / "src/diffusion/tuning").glob("*.py"):
+        private = re.findall(r"(?:study|trial|storage|optuna[\w.]*)\._\w+|from optuna\S*\._", file.read_text())
+        assert not private, f"{file.name}: {private}"
+
+
+def test_a_finished_study_begins_no_trial(place: Path, tiny: Callable[..., config.Params]) -> None:
+    params = tiny(**TUNE | {"tune.trials": 1})
+    for _ in range(2):
+        search.search(fast_trials.STUDY, params, storage_url(params.tune), fast_trials_at_once)
+    assert states() == ["COMPLETE"]

@@ -15,7 +15,7 @@ from diffusion.training import loop
 from diffusion.training.loop import Trainer
 from diffusion.training.progress import Record
 from diffusion.tuning import search, trial
-from diffusion.tuning.store import storage_url
+from diffusion.tuning.storage import storage_url
 from diffusion.tuning.trial import Attempt
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,12 @@ from helpers.fast_trials import Store
 from helpers.postgres import needs_postgres
 from helpers.postgres import server as postgres_server
 from helpers.preloaded import Command
-from helpers.project import REPO
 from optuna.trial import FrozenTrial
-from sqlalchemy.exc import OperationalError
-
-from diffusion import params_file
-from diffusion.errors import UserError
-from diffusion.tuning.store import answering, storage_url
-from diffusion.tuning.study import SharedStudy
 
 SECONDS = 600.0  # a test that waits longer has failed
 
 
-class Sitting:
+class Search:
     """A search in a process group of its own, as a terminal would start it."""
 
     def __init__(self, folder: Path, storage: str = "", **overrides: Any) -> None:
@@ -41,7 +33,9 @@ class Sitting:
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes."""
-        return [p for p in psutil.Process(self.process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+        return [
+            p for p in psutil.Process(self.process.pid).children() if "diffusion.tuning.worker" in " ".join(p.cmdline())
+        ]
 
     def wait(self) -> int | None:
         """Exit status."""
@@ -54,36 +48,36 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def until(true: Callable[[], Any], *sittings: Sitting) -> Any:
-    """Wait for it while the sittings last; what it returned."""
+def until(true: Callable[[], Any], *searches: Search) -> Any:
+    """Wait for it while the searches last; what it returned."""
     end = time.monotonic() + SECONDS
     while not (found := true()):
         assert time.monotonic() < end
-        assert all(sitting.process.returncode is None for sitting in sittings), [s.process.said for s in sittings]
+        assert all(search.process.returncode is None for search in searches), [s.process.said for s in searches]
         time.sleep(0.2)
     return found
 
 
-def at_work(store: Store, count: int, *sittings: Sitting) -> list[FrozenTrial]:
+def at_work(store: Store, count: int, *searches: Search) -> list[FrozenTrial]:
     """The trials of `count` workers that are all in the middle of one: they are on `hold`, so they stay there."""
 
     def found() -> list[FrozenTrial]:
         running = [trial for trial in store.trials("RUNNING") if trial.intermediate_values]
         return running if len(running) == count else []
 
-    trials: list[FrozenTrial] = until(found, *sittings)
+    trials: list[FrozenTrial] = until(found, *searches)
     return trials
 
 
-def lose_a_worker(store: Store, count: int, number: int, *sittings: Sitting) -> FrozenTrial:
-    """Send a signal to one of `count` workers, wait until another has its trial; that trial."""
-    victim = at_work(store, count, *sittings)[-1]
+def lose_a_worker(store: Store, count: int, number: int, *searches: Search) -> FrozenTrial:
+    """Send a signal to one of `count` workers, wait until its trial is queued again; that trial."""
+    victim = at_work(store, count, *searches)[-1]
     os.kill(int(victim.user_attrs["pid"]), number)
 
-    def taken() -> bool:
-        return any(victim.number in t.system_attrs.get("retry_history", []) for t in store.trials("RUNNING"))
+    def queued() -> bool:
+        return any(victim.number in t.system_attrs.get("retry_history", []) for t in store.trials())
 
-    until(taken, *sittings)
+    until(queued, *searches)
     return victim
 
 
@@ -110,7 +104,7 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     tmp_path: Path, hold: Path, store: Store
 ) -> None:
     """One worker is killed and one asked to stop (`kill PID`): both are replaced, before Ctrl-C and afterwards."""
-    first = Sitting(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
+    first = Search(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
     killed, asked = (lose_a_worker(store, 2, number, first) for number in (signal.SIGKILL, signal.SIGTERM))
     workers = first.workers()
     assert len(workers) == 2
@@ -123,66 +117,70 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     assert "of 3 trials; `make tune` goes on from there" in said
     assert "Traceback" not in said
     assert "\r" not in said
-    assert not [row for row in rows(tmp_path) if row["state"] in ("RUNNING", "WAITING")]
+    assert not [row for row in rows(tmp_path) if row["state"] == "RUNNING"]
 
     hold.unlink()
-    assert Sitting(tmp_path, **{"tune.trials": 3, "tune.workers": 1}).wait() == 0
+    assert Search(tmp_path, **{"tune.trials": 3, "tune.workers": 1}).wait() == 0
     table = rows(tmp_path)
-    begun = {row["retry_of"] or row["number"] for row in table}
-    assert [row["state"] for row in table].count("COMPLETE") == len(begun) == 3
+    assert [row["state"] for row in table].count("COMPLETE") == 3
+    assert not [row for row in table if row["state"] == "RUNNING"]
     assert {row["reason"] for row in table} == {"", "stopped", "its worker was killed"}
     for victim in (killed, asked):
         again = [row for row in table if row["retry_of"] == (table[victim.number]["retry_of"] or str(victim.number))]
         assert {row["train.lr"] for row in again} == {table[victim.number]["train.lr"]}
-    assert steps(tmp_path) == [list(range(fast_trials.STEPS))] * 3, "a step was done twice"
+    done = steps(tmp_path)
+    assert done.count(list(range(fast_trials.STEPS))) == 3
+    assert all(trial == list(range(len(trial))) for trial in done), "a step was done twice"
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_the_workers_start_ends_all_of_them(tmp_path: Path, hold: Path) -> None:
-    sitting = Sitting(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
-    workers = until(lambda: found if len(found := sitting.workers()) == 2 else [], sitting)
-    os.killpg(sitting.process.pid, signal.SIGINT)
-    assert sitting.wait() == 130
+    search = Search(tmp_path, **{"tune.trials": 5, "tune.workers": 2})
+    workers = until(lambda: found if len(found := search.workers()) == 2 else [], search)
+    os.killpg(search.process.pid, signal.SIGINT)
+    assert search.wait() == 130
     assert not any(worker.is_running() for worker in workers)
-    assert "Traceback" not in sitting.process.said
+    assert "Traceback" not in search.process.said
 
 
 @pytest.mark.slow
-def test_an_outage_that_one_worker_meets_ends_the_sitting_and_the_other_hands_back(
+def test_an_outage_that_one_worker_meets_ends_the_search_and_the_other_hands_back(
     tmp_path: Path, hold: Path, store: Store
 ) -> None:
-    sitting = Sitting(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
-    at_work(store, 2, sitting)
+    search = Search(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
+    at_work(store, 2, search)
     (tmp_path / fast_trials.OUTAGE).touch()
-    assert sitting.wait() == 2
-    assert sorted((t.state.name, t.user_attrs["stopped"]) for t in store.trials()) == [
-        ("FAIL", True),
-        ("RUNNING", False),  # by nobody: taken over next time
+    assert search.wait() == 2
+    assert sorted((t.state.name, t.user_attrs["reason"]) for t in store.trials()) == [
+        ("FAIL", ""),
+        ("FAIL", "stopped"),
+        ("WAITING", ""),
+        ("WAITING", "stopped"),
     ]
-    said = [line for line in sitting.process.said.splitlines() if "error: " in line]
+    said = [line for line in search.process.said.splitlines() if "error: " in line]
     number = said[0].removeprefix("worker ")[0]
     assert said == [
         f"worker {number}: error: the store does not answer (the server closed the connection); "
         "`make tune` goes on when it does",
         f"error: worker {number} failed, see above; `make tune` goes on when that is put right",
     ]
-    assert "Traceback" not in sitting.process.said
+    assert "Traceback" not in search.process.said
 
     hold.unlink()
-    assert Sitting(tmp_path, **{"tune.trials": 3, "tune.workers": 1}).wait() == 0
+    assert Search(tmp_path, **{"tune.trials": 3, "tune.workers": 1}).wait() == 0
     assert steps(tmp_path) == [list(range(fast_trials.STEPS))] * 3, "a step was done twice"
 
 
 @pytest.mark.slow
 def test_workers_do_not_outlive_their_parent(tmp_path: Path, hold: Path, store: Store) -> None:
-    sitting = Sitting(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
-    at_work(store, 2, sitting)
-    workers = sitting.workers()
-    sitting.process.send_signal(signal.SIGKILL)
+    search = Search(tmp_path, **{"tune.trials": 40, "tune.workers": 2})
+    at_work(store, 2, search)
+    workers = search.workers()
+    search.process.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, SECONDS)
     assert not alive
-    left = [(trial.state.name, trial.user_attrs["stopped"]) for trial in store.trials()]
-    assert left == [("FAIL", True)] * 2, "trials were not handed back"
+    left = [(trial.state.name, trial.user_attrs["reason"]) for trial in store.trials()]
+    assert left == [("FAIL", "stopped")] * 2 + [("WAITING", "stopped")] * 2, "trials were not handed back"
 
 
 @pytest.mark.slow
@@ -196,38 +194,15 @@ def test_two_machines_with_two_workers_each_share_one_study(tmp_path: Path) -> N
         (place / fast_trials.HOLD).touch()
     with postgres_server(tmp_path / "postgres") as url:
         store = Store(url.replace("postgresql:", "postgresql+psycopg2:"))
-        machines = [Sitting(place, url, **{"tune.trials": 7, "tune.workers": 2}) for place in places]
+        machines = [Search(place, url, **{"tune.trials": 7, "tune.workers": 2}) for place in places]
         lose_a_worker(store, 4, signal.SIGKILL, *machines)
         for place in places:
             (place / fast_trials.HOLD).unlink()
         assert [machine.wait() for machine in machines] == [0, 0], [m.process.said for m in machines]
         found = store.trials()
     states = [trial.state.name for trial in found]
-    assert (states.count("COMPLETE"), states.count("FAIL"), len(states)) == (7, 1, 8)
-    assert len({tuple(sorted(trial.params.items())) for trial in found}) == 7
+    assert 7 <= states.count("COMPLETE") <= 10, "at most one more for each other worker"
+    assert (states.count("FAIL"), states.count("RUNNING")) == (1, 0)
     done = [steps(place) for place in places]
     assert min(len(trials) for trials in done) >= 2, "one machine did it all"
-    assert sorted(done[0] + done[1]) == [list(range(fast_trials.STEPS))] * 7, "a step was done twice"
-    assert [len(rows(place)) for place in places] == [8, 8]
-
-
-@pytest.mark.slow
-@pytest.mark.postgres
-@needs_postgres
-def test_a_machine_that_is_lost_with_the_lock_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server ends its session; till then who waits is told, and does not wait for ever."""
-    monkeypatch.setattr("diffusion.tuning.study.BUSY_SECONDS", 2)
-    with postgres_server(tmp_path / "postgres") as url:
-        params = params_file.load(REPO / "params.yaml", {"tune.storage": url})
-        lost, other = (SharedStudy(fast_trials.STUDY, params, storage_url(params.tune)) for _ in range(2))
-        with other.storage.engine.begin() as connection:  # at work, so its session does not end
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({int(fast_trials.STUDY[:15], 16)})")
-            with pytest.raises(UserError, match=r"does not answer .*lock timeout"), answering(), lost.alone():
-                pass
-        session = ExitStack()
-        session.enter_context(lost.alone())
-        time.sleep(1)  # so that the other waits for less than its own limit
-        with other.alone():
-            pass
-        with pytest.raises(OperationalError, match="closed the connection"):
-            session.close()
+    assert all(trial == list(range(len(trial))) for trial in done[0] + done[1]), "a step was done twice"

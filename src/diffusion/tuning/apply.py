@@ -13,8 +13,7 @@ from ruamel.yaml.error import YAMLError
 from diffusion import paths
 from diffusion.errors import UserError
 from diffusion.params_file import load, schema
-from diffusion.tuning.report import RECIPE
-from diffusion.tuning.space import Value, recipe_digest
+from diffusion.tuning.space import RECIPE, Value, recipe_digest
 
 SCALAR = re.compile(r"""'[^']*'|"[^"]*"|[^\s,#}\]]+""")
 

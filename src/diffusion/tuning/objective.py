@@ -1,4 +1,4 @@
-"""What a trial is judged by: two numbers that mean the same whatever is searched.
+"""What a trial is scored by: two numbers that mean the same whatever is searched.
 
 The validation loss of a training does not: the noise schedule and the prediction decide how hard its images are to
 denoise. `common_error` (cheap, during a trial) gives every network the same noisy images. `score` (at its end) looks
@@ -54,7 +54,7 @@ def load_reference(params: Params, extractor: EfficientNetLite0) -> Reference:
     return Reference.load(paths.REFERENCE / f"{extractor.metric}.npz", extractor.describe(), **expected)
 
 
-def draw(trainer: Trainer, params: Params) -> torch.Tensor:
+def samples(trainer: Trainer, params: Params) -> torch.Tensor:
     """uint8 (tune.sample_images, H, W, C) by the EMA weights that the trial kept.
 
     Sampled as previews are, from the same noise in every trial.

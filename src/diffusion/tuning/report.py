@@ -4,20 +4,22 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from optuna.importance import FanovaImportanceEvaluator
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from optuna.visualization import matplotlib as charts
 from ruamel.yaml import YAML
 
 from diffusion import paths
 from diffusion.atomic import replacing
+from diffusion.config import Params
 from diffusion.tracking.tracker import Tracker
-from diffusion.tuning.space import Value, recipe_digest, settings
-from diffusion.tuning.store import quiet
-from diffusion.tuning.study import COUNTED, SharedStudy
-
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
+from diffusion.tuning.space import RECIPE, Value, read_space, recipe_digest, settings
+from diffusion.tuning.storage import quiet
+from diffusion.tuning.study import COUNTED, best, trials
 
 IMPORTANCE, SLICE, INTERMEDIATE = "importance.png", "slice.png", "intermediate.png"
 FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matplotlib
@@ -29,23 +31,16 @@ FIGURES = {  # file in tuning/figures/ -> function of optuna.visualization.matpl
 }
 
 
-RECIPE = "# Found for the recipe "  # first line of best.yaml, before the digest
-
-
 class Ledger:
     """Keeps tables, the study's run and whoever watches up to date; one process of a machine has it."""
 
-    def __init__(self, shared: SharedStudy, tracker: Tracker) -> None:
-        self.shared, self.tracker = shared, tracker
-        self._said = {trial.number for trial in shared.trials(*COUNTED, "FAIL")}
-
-    def done(self) -> "list[FrozenTrial]":
-        """Trials that count."""
-        return self.shared.trials(*COUNTED)
+    def __init__(self, study: Study, params: Params, tracker: Tracker) -> None:
+        self.study, self.params, self.tracker, self.space = study, params, tracker, read_space(params)
+        self._said = {trial.number for trial in trials(study, *COUNTED, TrialState.FAIL)}
 
     def update(self) -> None:
         """Say, and write down, what has ended since the last call."""
-        new = [trial for trial in self.shared.trials(*COUNTED, "FAIL") if trial.number not in self._said]
+        new = [trial for trial in trials(self.study, *COUNTED, TrialState.FAIL) if trial.number not in self._said]
         for trial in new:
             self._said.add(trial.number)
             self._track(trial)
@@ -56,27 +51,27 @@ class Ledger:
     def write(self) -> None:
         """Write tuning/trials.csv and tuning/best.yaml, a part of a params.yaml; empty before a trial is done.
 
-        The study's run is told the best too, which another sitting's worker may have found.
+        The study's run is told the best too, which another machine may have found.
         """
-        table, keys = io.StringIO(), [dimension.key for dimension in self.shared.space]
+        table, keys = io.StringIO(), [dimension.key for dimension in self.space]
         rows = csv.DictWriter(table, ["number", "state", "value", "error", *keys, "seconds", "retry_of", "reason"])
         rows.writeheader()
-        rows.writerows(self._row(trial) for trial in self.shared.trials())
+        rows.writerows(self._row(trial) for trial in trials(self.study))
         replace_text(paths.TRIALS_CSV, table.getvalue())
-        leader, tree = self.shared.best(), dict[str, dict[str, Value]]()
-        values = settings(self.shared.params, self._values(leader)) if leader else {}
+        leader, tree = best(self.study), dict[str, dict[str, Value]]()
+        values = settings(self.params, self._values(leader)) if leader else {}
         for key, value in values.items():
             section, _, name = key.partition(".")
             tree.setdefault(section, {})[name] = value
         text = io.StringIO()
-        text.write(f"{RECIPE}{recipe_digest(self.shared.params)}\n")
+        text.write(f"{RECIPE}{recipe_digest(self.params)}\n")
         YAML().dump(tree, text)
         replace_text(paths.BEST_YAML, text.getvalue())
         if leader:
-            best = {f"best_{key}": str(value) for key, value in values.items()}
-            self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **best})
+            found = {f"best_{key}": str(value) for key, value in values.items()}
+            self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **found})
 
-    def _row(self, trial: "FrozenTrial") -> dict[str, Any]:
+    def _row(self, trial: FrozenTrial) -> dict[str, Any]:
         state, errors = trial.state.name, trial.intermediate_values
         return {
             "number": trial.number,
@@ -89,40 +84,35 @@ class Ledger:
             "reason": _reason(trial),
         }
 
-    def _values(self, trial: "FrozenTrial") -> dict[str, Value]:
-        return {d.key: d.used(trial.params[d.key]) for d in self.shared.space if d.key in trial.params}
+    def _values(self, trial: FrozenTrial) -> dict[str, Value]:
+        return {d.key: d.used(trial.params[d.key]) for d in self.space if d.key in trial.params}
 
-    def _track(self, trial: "FrozenTrial") -> None:
-        leader = self.shared.best()
+    def _track(self, trial: FrozenTrial) -> None:
+        leader = best(self.study)
         if leader is None or trial.state.name != "COMPLETE":
             return
         self.tracker.metrics({"trial/fd_lite0": trial.values[0], "best/fd_lite0": leader.values[0]}, trial.number)
 
-    def _say(self, trial: "FrozenTrial") -> None:
-        done, total, leader = self.done(), self.shared.config.trials, self.shared.best()
+    def _say(self, trial: FrozenTrial) -> None:
+        done, total, leader = trials(self.study, *COUNTED), self.params.tune.trials, best(self.study)
         state = trial.state.name
         result = f"fd_lite0 {trial.values[0]:.2f}" if state == "COMPLETE" else f"{state} ({_reason(trial)})"
-        drawn = ", ".join(f"{key} {value}" for key, value in self._values(trial).items()) or "-"
+        values = ", ".join(f"{key} {value}" for key, value in self._values(trial).items()) or "-"
         top = f"{leader.values[0]:.2f} (trial {leader.number})" if leader else "none"
         seconds = [t.duration.total_seconds() for t in done if t.duration]
-        left = sum(seconds) / max(1, len(seconds)) * max(0, total - len(done)) / self.shared.config.workers / 60
+        left = sum(seconds) / max(1, len(seconds)) * max(0, total - len(done)) / self.params.tune.workers / 60
         clear = "\r\x1b[2K" if sys.stdout.isatty() else ""  # a worker's line may stand there
-        line = f"trial {trial.number} ({len(done)} of {total}): {result}; {drawn}; best {top}; {left:.0f} min left"
+        line = f"trial {trial.number} ({len(done)} of {total}): {result}; {values}; best {top}; {left:.0f} min left"
         sys.stdout.write(f"{clear}{line}\n")
         sys.stdout.flush()
 
 
-def draw_figures(shared: SharedStudy) -> None:
-    """Draw FIGURES into tuning/figures/; one that these trials are too few for is left out.
+def plot_figures(study: Study) -> None:
+    """Plot FIGURES into tuning/figures/; one that these trials are too few for is left out.
 
     Importances are shares of the variance (fANOVA: Hutter et al. 2014). Optuna's own choice, PED-ANOVA, looks at the
     best tenth of the trials alone, which is one or two here.
     """
-    import optuna
-    from optuna.importance import FanovaImportanceEvaluator
-    from optuna.visualization import matplotlib as charts
-
-    study = optuna.load_study(study_name=shared.name, storage=shared.storage)
     reasons = []
     for name, function in FIGURES.items():
         path = paths.TUNING_FIGURES / name
@@ -132,18 +122,18 @@ def draw_figures(shared: SharedStudy) -> None:
                 options: dict[str, Any] = {} if name == INTERMEDIATE else {"target_name": "fd_lite0"}
                 if name == IMPORTANCE:
                     options["evaluator"] = FanovaImportanceEvaluator(seed=0)
-                drawn = getattr(charts, function)(study, **options)
+                plotted = getattr(charts, function)(study, **options)
         except (ValueError, RuntimeError, ImportError) as error:
             reasons.append(f"{name} ({' '.join(str(error).split())[:80]})")
             continue
-        axes = np.ravel(np.asarray(drawn, dtype=object))
+        axes = np.ravel(np.asarray(plotted, dtype=object))
         if name == INTERMEDIATE:
             axes[0].set(title="What the pruner sees", xlabel="images seen", ylabel="error on common noise levels")
         if name == SLICE:
             axes[0].figure.set_size_inches(4.5 * len(axes), 4)  # room for the numbers of a log axis
         _save(axes[0].figure, path)
-    if reasons and len(shared.trials("COMPLETE")) > 1:
-        print(f"tune: not drawn: {', '.join(reasons)}", file=sys.stderr)
+    if reasons and len(trials(study, TrialState.COMPLETE)) > 1:
+        print(f"tune: not plotted: {', '.join(reasons)}", file=sys.stderr)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -161,7 +151,7 @@ def replace_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _reason(trial: "FrozenTrial") -> str:
-    if trial.state.name == "FAIL" and not trial.user_attrs.get("final"):
-        return "stopped" if trial.user_attrs.get("stopped") else "its worker was killed"
-    return str(trial.user_attrs.get("reason", "")) if trial.state.name in ("PRUNED", "FAIL") else ""
+def _reason(trial: FrozenTrial) -> str:
+    if trial.state.name == "FAIL":
+        return str(trial.user_attrs.get("reason") or "its worker was killed")
+    return str(trial.user_attrs.get("reason", "")) if trial.state.name == "PRUNED" else ""

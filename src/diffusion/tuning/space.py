@@ -29,6 +29,7 @@ NOT_SEARCHED = {
 }
 GRID = 1e-8  # steps that a value may be off it: Optuna's own
 LR_HORIZON = 0.5  # the best learning rate of a training that sees D images falls with D to the power of minus this
+RECIPE = "# Found for the recipe "  # first line of best.yaml, before the digest
 DIGITS = 4  # of a number on a continuous scale: what is trained is what the tables say
 
 

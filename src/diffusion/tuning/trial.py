@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from optuna import Trial
 from tqdm import tqdm
 
-from diffusion.config import Params, flat
+from diffusion.config import Params, TuneConfig, flat
 from diffusion.data import grids
 from diffusion.data.dataset import Dataset
 from diffusion.errors import DivergedError, UserError
@@ -21,13 +21,8 @@ from diffusion.tracking import runs
 from diffusion.tracking.tracker import Tracker
 from diffusion.training.loop import Trainer, train
 from diffusion.training.progress import Record
-from diffusion.tuning.objective import common_error, draw, load_reference, score
+from diffusion.tuning.objective import common_error, load_reference, samples, score
 from diffusion.tuning.space import Value, trial_config
-from diffusion.tuning.study import SharedStudy
-
-if TYPE_CHECKING:
-    from optuna import Trial
-    from optuna.trial import FrozenTrial
 
 REPORTS = 8  # intermediate values a trial
 SHOWN = 64  # images of a trial's picture
@@ -37,10 +32,6 @@ LINE_SECONDS = 30.0  # between two lines of a worker in a log file
 
 class PrunedError(Exception):
     """The trial is not worth its end; the message is the reason, one line."""
-
-
-class LostError(Exception):
-    """The trial was given to another worker, which took this one for dead."""
 
 
 @dataclass
@@ -53,8 +44,8 @@ class Attempt:
     tags: Mapping[str, str]  # of its MLflow run
     asked_to_stop: Callable[[], bool]
     line: "Line"
-    shared: SharedStudy
-    trial: "Trial"
+    config: TuneConfig
+    trial: Trial
     reported: set[int] = field(default_factory=set)  # images seen, earlier tries included
 
     def report(self, images_seen: int, value: float) -> None:
@@ -62,22 +53,16 @@ class Attempt:
 
         Raises:
             PrunedError: it is not finite, or the pruner says that others do better.
-            LostError: the trial is no longer this worker's.
+            optuna.exceptions.UpdateFinishedTrialError: the trial was given to another worker.
         """
-        from optuna.exceptions import UpdateFinishedTrialError
-
         if images_seen in self.reported:
             return
         self.reported.add(images_seen)
-        try:
-            self.trial.report(value, images_seen)
-        except UpdateFinishedTrialError:
-            raise LostError from None
+        self.trial.report(value, images_seen)
         if not math.isfinite(value):
             raise PrunedError(f"the error is {value} after {images_seen:,} images")
         if self.trial.should_prune():
-            raise PrunedError(f"{self.shared.config.pruner}: an error of {value:.4g} after {images_seen:,} images")
-        self.line.know(self.shared.best())
+            raise PrunedError(f"{self.config.pruner}: an error of {value:.4g} after {images_seen:,} images")
 
 
 Objective = Callable[[Attempt], float]
@@ -160,11 +145,11 @@ class Trainings:
 
     def _score(self, trainer: Trainer, attempt: Attempt, tracker: Tracker) -> float:
         """fd_lite0 of the trial's images, of which some go into its run."""
-        drawn = draw(trainer, self.params)
-        value = score(drawn, self.params, self.reference, self.extractor, trainer.device)
+        images = samples(trainer, self.params)
+        value = score(images, self.params, self.reference, self.extractor, trainer.device)
         if not math.isfinite(value):
             raise PrunedError(f"fd_lite0 is {value}")
-        picture, shown = attempt.folder / "samples.png", drawn[:SHOWN].numpy()
+        picture, shown = attempt.folder / "samples.png", images[:SHOWN].numpy()
         grids.save_png(grids.grid(shown, columns=8, scale=grids.zoom(shown)), picture)
         tracker.artifact(picture, "samples")
         tracker.metrics({"fd_lite0": value}, trainer.config.train.steps)
@@ -182,14 +167,10 @@ class Line:
     """How a worker's trial goes: one line that stays in place on a terminal, one every LINE_SECONDS in a log file."""
 
     def __init__(self, worker: int) -> None:
-        self.worker, self.value, self.best = worker, "", "none"
+        self.worker, self.value = worker, ""
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(position=worker, bar_format="{desc}", leave=False, mininterval=0.5)
-
-    def know(self, best: "FrozenTrial | None") -> None:
-        """The best trial so far."""
-        self.best = f"{best.values[0]:.2f} (trial {best.number})" if best else "none"
 
     def begin(self, trial: int, step: int, steps: int) -> None:
         """A trial begins at `step`, 0 unless it is resumed, of `steps`."""
@@ -213,9 +194,7 @@ class Line:
     def _write(self, step: int) -> None:
         done, seconds = step - self._first, time.monotonic() - self._start
         left = f"{seconds / done * (self._steps - step) / 60:.1f} min left" if done else "begins"
-        text = (
-            f"worker {self.worker}: trial {self._trial}, step {step} of {self._steps}, {self.value}, best {self.best}"
-        )
+        text = f"worker {self.worker}: trial {self._trial}, step {step} of {self._steps}, {self.value}"
         if self._bar is not None:
             self._bar.set_description_str(f"{text}, {left}")
         else:

@@ -4,23 +4,23 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from filelock import Timeout
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from diffusion import paths
 from diffusion.config import TuneConfig
 from diffusion.errors import UserError
 
-if TYPE_CHECKING:
-    from optuna.storages import RDBStorage
-
 SQLITE_WORKERS = 4
 BUSY_SECONDS = 60  # for another process to finish its write
-HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # how another machine knows that a trial's worker lives
+HEARTBEAT_SECONDS, GRACE_SECONDS = 30, 120  # between heartbeats of a trial; without one for so long it is retried
 OTHER_STORE = (
     "set tune.storage: postgresql://USER:PASSWORD@HOST/DATABASE, or run `make tune STORAGE=postgresql://...` "
     "(one database for all machines; driver: pip install psycopg2-binary)"
@@ -33,9 +33,6 @@ def storage_url(config: TuneConfig) -> str:
     Raises:
         UserError: it names another kind of store, its driver is missing, or SQLite is to take too many workers.
     """
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
     variable = os.environ.get("OPTUNA_STORAGE")
     text = variable or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
     source = f"{'OPTUNA_STORAGE' if variable else 'tune.storage'} = {shown(text)}"
@@ -63,23 +60,26 @@ def storage_url(config: TuneConfig) -> str:
 
 def shown(url: str) -> str:
     """A store's URL without its password, which may stand in its query too."""
-    from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
-
     try:
         return make_url(url).set(query={}).render_as_string(hide_password=True)
     except ArgumentError:
         return "what is no URL"
 
 
-def open_storage(url: str) -> "RDBStorage":
+class Storage(RDBStorage):
+    """Optuna's, whose heartbeat goes on after an outage: in Optuna's own the thread would end with a traceback."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError, SQLAlchemyError):
+            super().record_heartbeat(trial_id)
+
+
+def open_storage(url: str, retry: RetryHeartbeatStaleTrialCallback) -> Storage:
     """The store at `storage_url`'s address, its tables made if need be.
 
     Raises:
         UserError: it does not answer, is none, or is of another version.
     """
-    from optuna.storages import RDBStorage
-
     sqlite = url.startswith("sqlite")
     if sqlite:
         Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,13 @@ def open_storage(url: str) -> "RDBStorage":
     for attempt in range(3):
         try:
             with quiet():
-                storage = RDBStorage(url, options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+                storage = Storage(
+                    url,
+                    options,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    grace_period=GRACE_SECONDS,
+                    heartbeat_stale_trial_callback=retry,
+                )
             if sqlite:
                 with storage.engine.connect() as connection:
                     connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
@@ -116,18 +122,13 @@ def answering() -> Iterator[None]:
 
 def is_outage(error: BaseException) -> bool:
     """Whether the store does not answer: no fault of a trial."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return isinstance(error, StorageInternalError | SQLAlchemyError | Timeout)
+    return isinstance(error, StorageInternalError | SQLAlchemyError)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Optuna's warnings: heartbeats, some samplers and charts are experimental, few trials make odd axes."""
-    import optuna
-
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", UserWarning)
         yield
