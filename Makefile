@@ -34,7 +34,10 @@ lint: setup  ## style, types, and that imports between rooms point down
 	@ruff check . && ruff format --check . && mypy && lint-imports --no-logo
 
 tune: setup  ## search learning rate and schedules with Optuna: make tune [STORAGE=postgresql://...]
-	@$(if $(STORAGE),OPTUNA_STORAGE='$(STORAGE)') $(BIN)/python -m stages.tune
+	@$(BIN)/python -m stages.tune
+ifneq ($(value STORAGE),)
+export OPTUNA_STORAGE = $(value STORAGE)
+endif
 
 tune-apply: setup  ## write what the search found into params.yaml and show the difference
 	@$(BIN)/python -m diffusion tune-apply

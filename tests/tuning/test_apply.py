@@ -30,6 +30,19 @@ def test_a_link_and_other_keys_spellings_stay(tmp_path: Path) -> None:
     assert (params.train.lr, params.train.flip, params.model.head_channels) == (1e-5, False, None)
 
 
+def test_line_endings_stay(tmp_path: Path) -> None:
+    file, best = tmp_path / "params.yaml", tmp_path / "best.yaml"
+    before = (REPO / "params.yaml").read_bytes().replace(b"\n", b"\r\n")
+    file.write_bytes(before)
+    best.write_text("train:\n  lr: 1.0e-05\n")
+    apply.apply(best, file)
+    lines = zip(before.split(b"\n"), file.read_bytes().split(b"\n"), strict=True)
+    changed = [new for old, new in lines if old != new]
+    assert len(changed) == 1
+    assert changed[0].startswith(b"  lr: 1e-05")
+    assert changed[0].endswith(b"\r")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

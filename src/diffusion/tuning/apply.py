@@ -40,10 +40,10 @@ def apply(best: Path, params: Path) -> str:
     if found_for not in (None, recipe_digest(now)):
         print(f"tune: {best} was found for another recipe, or another tune.space, than {params} has", file=sys.stderr)
     file = params.resolve()  # a link stays one
-    before = file.read_text()
+    before = file.read_bytes().decode()  # with its line endings
     after = _edited(before, values)
     new = file.with_name(f"{file.name}.new")
-    new.write_text(after)
+    new.write_bytes(after.encode())
     try:
         if load(new) != load(params, values):
             raise UserError(f"{params} writes these keys in a way that cannot be edited: set {values} by hand")
