@@ -28,7 +28,7 @@ REPO = Path(__file__).parents[1]
 SHARE = 10
 TRIALS = 3
 LOOKS = 50
-COUNTED = ("stale", "ask", "suggest", "report", "tell", "tracking: open", "tracking: events", "tracking: close", "line")
+COUNTED = ("stale", "ask", "suggest", "report", "tell", "tracking: open", "tracking: events", "tracking: close")
 
 
 @click.command()
@@ -64,7 +64,6 @@ def measure() -> dict[str, Any]:
     clock.watch(storage.Storage, "set_trial_state_values", "tell")
     clock.watch(worker.Worker, "_attempt", "suggest")
     clock.watch(trial.Attempt, "report")
-    clock.watch(trial.Line, "show", "line")
     clock.watch(runs, "open_run", "tracking: open")
     clock.watch(tracker.Tracker, "_emit", "tracking: events")
     clock.watch(mlflow_copy.CopiedJournal, "finish", "tracking: close")

@@ -54,7 +54,6 @@ def objective(attempt: Attempt) -> float:
     done = len(record.read_text().splitlines()) if record.exists() else 0
     rate, schedule = attempt.values["train.lr"], str(attempt.values["diffusion.schedule"])
     assert isinstance(rate, float)
-    attempt.line.begin(attempt.number, done, STEPS)
     for step in range(done, STEPS):
         while step and HOLD.exists() and not attempt.asked_to_stop():
             _meet_outage()
@@ -65,7 +64,6 @@ def objective(attempt: Attempt) -> float:
         with record.open("a") as file:
             file.write(f"{os.getpid()} {step}\n")
         attempt.report((step + 1) * budget // STEPS, value(rate, schedule) + STEPS - step)
-        attempt.line.show(step + 1)
     return value(rate, schedule)
 
 

@@ -11,6 +11,7 @@ from helpers.project import REPO
 from helpers.studies import SPACE, TUNE, fast_trials_at_once, name_of, search_at_once, states, stop_after, table
 
 from diffusion import config
+from diffusion.errors import StopRequest, UserError
 from diffusion.training import loop
 from diffusion.tuning import search, storage, study, trial
 from diffusion.tuning.space import first_settings, read_space
@@ -115,6 +116,41 @@ def test_a_setting_that_kills_its_worker_again_and_again_is_given_up(
     assert "failed_trial" not in known.trials[new].system_attrs
 
 
+def test_a_search_does_not_wait_for_ever_for_a_trial_of_another_machine(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = tiny(**TUNE)
+    known = opened(params)
+    begin(known, params)
+    for name in ("GRACE_SECONDS", "HEARTBEAT_SECONDS"):
+        monkeypatch.setattr(storage, name, 0)
+    with StopRequest() as stop:
+        search.wait_for_others(known, stop)
+    assert known.trials[0].state.name == "RUNNING"
+    assert "1 trials are still at work on other machines" in capsys.readouterr().out
+
+
+def test_a_trial_that_is_stopped_often_is_not_given_up(
+    place: Path, tiny: Callable[..., config.Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "MAX_RETRIES", 2)
+    params = tiny(**TUNE | {"tune.trials": 1})
+
+    def stopped(_: config.Params) -> Callable[[Attempt], float]:
+        def objective(attempt: Attempt) -> float:
+            raise UserError("there is no room")
+
+        return objective
+
+    for _ in range(4):
+        with pytest.raises(UserError):
+            search.search(name_of(params), params, storage_url(params.tune), stopped)
+    search_at_once(params)
+    rows = table()
+    assert [row["state"] for row in rows] == ["FAIL"] * 4 + ["COMPLETE"]
+    assert [row["retry_of"] for row in rows] == ["", "0", "0", "0", "0"]
+
+
 @pytest.mark.parametrize("moment", ["at a report", "at its end"])
 def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(
     place: Path, tiny: Callable[..., config.Params], capsys: pytest.CaptureFixture[str], moment: str
@@ -139,14 +175,16 @@ def test_a_worker_that_was_taken_for_dead_goes_on_with_another_trial(
     assert "trial 0 was given to another worker" in capsys.readouterr().err
 
 
-def test_samplers_of_other_workers_and_of_a_later_start_repeat_nothing(
-    place: Path, tiny: Callable[..., config.Params]
-) -> None:
-    params, found = tiny(**TUNE), set()
-    for trials, worker in ((0, 0), (0, 1), (4, 0), (4, 1)):
-        known = optuna.create_study(sampler=make_sampler(params, "random", trials, worker))
-        found.add(known.ask().suggest_float("x", 0, 1))
-    assert len(found) == 4
+def test_no_trial_repeats_the_random_numbers_of_another(place: Path, tiny: Callable[..., config.Params]) -> None:
+    """Each trial has random numbers of its own, the same on every machine."""
+    params, found = tiny(**TUNE), list[float]()
+    for number in (0, 1, 2, 1):
+        known = optuna.create_study()
+        begun = known.ask()
+        known.sampler = make_sampler(known, params, number)  # as a worker does: Optuna asks it late
+        found.append(begun.suggest_float("x", 0, 1))
+    assert len(set(found)) == 3
+    assert found[1] == found[3]
 
 
 def test_a_setting_off_the_grid_is_not_the_first_trial(place: Path, tiny: Callable[..., config.Params]) -> None:

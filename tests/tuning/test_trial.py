@@ -151,6 +151,9 @@ def test_a_value_is_of_the_images_that_it_is_reported_at(
     monkeypatch.setattr(trial, "common_error", measured)
     monkeypatch.setattr(trial, "train", unlucky)
     params = tiny(**TUNE | {"tune.trials": 1, "train.checkpoint_every": 4})
+    if kind == "killed":
+        with pytest.raises(KeyboardInterrupt):
+            search.tune(params)
     search.tune(params)
     study = optuna.load_study(study_name=name_of(params), storage=f"sqlite:///{paths.OPTUNA_DB}")
     assert study.trials[-1].intermediate_values == {4 * step: float(step) for step in range(1, 9)}

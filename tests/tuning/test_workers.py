@@ -106,6 +106,7 @@ def test_a_killed_workers_trial_goes_on_in_another_and_ctrl_c_ends_all_of_them(
     """One worker is killed and one asked to stop (`kill PID`): both are replaced, before Ctrl-C and afterwards."""
     first = Search(tmp_path, **{"tune.trials": 3, "tune.workers": 2})
     killed, asked = (lose_a_worker(store, 2, number, first) for number in (signal.SIGKILL, signal.SIGTERM))
+    at_work(store, 2, first)
     workers = first.workers()
     assert len(workers) == 2
     os.killpg(first.process.pid, signal.SIGINT)  # as a terminal does
@@ -179,7 +180,7 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path, hold: Path, store: 
     search.process.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(workers, SECONDS)
     assert not alive
-    left = [(trial.state.name, trial.user_attrs["reason"]) for trial in store.trials()]
+    left = [(trial.state.name, trial.user_attrs["reason"]) for trial in store.trials() if trial.user_attrs]
     assert left == [("FAIL", "stopped")] * 2 + [("WAITING", "stopped")] * 2, "trials were not handed back"
 
 

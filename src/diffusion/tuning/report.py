@@ -14,7 +14,7 @@ from optuna.visualization import matplotlib as charts
 from ruamel.yaml import YAML
 
 from diffusion import paths
-from diffusion.atomic import replacing
+from diffusion.atomic import write_text
 from diffusion.config import Params
 from diffusion.tracking.tracker import Tracker
 from diffusion.tuning.space import RECIPE, Value, read_space, recipe_digest, settings
@@ -57,7 +57,7 @@ class Ledger:
         rows = csv.DictWriter(table, ["number", "state", "value", "error", *keys, "seconds", "retry_of", "reason"])
         rows.writeheader()
         rows.writerows(self._row(trial) for trial in trials(self.study))
-        replace_text(paths.TRIALS_CSV, table.getvalue())
+        write_text(paths.TRIALS_CSV, table.getvalue())
         leader, tree = best(self.study), dict[str, dict[str, Value]]()
         values = settings(self.params, self._values(leader)) if leader else {}
         for key, value in values.items():
@@ -66,7 +66,7 @@ class Ledger:
         text = io.StringIO()
         text.write(f"{RECIPE}{recipe_digest(self.params)}\n")
         YAML().dump(tree, text)
-        replace_text(paths.BEST_YAML, text.getvalue())
+        write_text(paths.BEST_YAML, text.getvalue())
         if leader:
             found = {f"best_{key}": str(value) for key, value in values.items()}
             self.tracker.tags({"best_trial": str(leader.number), "best_fd_lite0": f"{leader.values[0]:.4f}", **found})
@@ -143,12 +143,6 @@ def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, bbox_inches="tight", pad_inches=0.15)
     pyplot.close(figure)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def _reason(trial: FrozenTrial) -> str:

@@ -22,17 +22,17 @@ from diffusion import paths
 from diffusion.code_digest import code_digests
 from diffusion.config import Params, flat
 from diffusion.data.dataset import Dataset
-from diffusion.errors import StopRequest, UserError
+from diffusion.errors import StopRequest, UserError, masked
 from diffusion.locks import only_trainer
 from diffusion.metrics.features import EfficientNetLite0
 from diffusion.metrics.reference import Reference
 from diffusion.runtime import resolve_device
 from diffusion.tracking import runs
 from diffusion.tracking.tracker import Tracker
-from diffusion.tuning import objective
+from diffusion.tuning import objective, storage
 from diffusion.tuning.report import Ledger, plot_figures
 from diffusion.tuning.space import present, read_space, recipe
-from diffusion.tuning.storage import answering, is_outage, shown, storage_url
+from diffusion.tuning.storage import answering, is_outage, storage_url
 from diffusion.tuning.study import COUNTED, best, enqueue_first, finished, open_study, retry_lost, trials
 from diffusion.tuning.trial import REPORTS, Objective, Trainings
 from diffusion.tuning.worker import Job, Worker
@@ -73,7 +73,7 @@ def search(name: str, params: Params, url: str, prepare: Callable[[Params], Obje
         enqueue_first(study, params)
         tracker, run_id = _study_run(study, params)
         os.environ.pop("MLFLOW_RUN_ID", None)  # by it `mlflow run` meant the study's run, not the trials'
-        tracker.params(flat(params.tune.model_copy(update={"storage": shown(url)}), "tune"))
+        tracker.params(flat(params.tune.model_copy(update={"storage": masked(url)}), "tune"))
         job, ledger = Job(name, params, url, run_id, prepare), Ledger(study, params, tracker)
         with runs.closing_status(tracker, "tune"):
             ledger.write()  # another study's may lie there
@@ -166,16 +166,20 @@ def work_in_processes(job: Job, ledger: Ledger, stop: StopRequest) -> None:
 
 
 def wait_for_others(study: Study, stop: StopRequest) -> None:
-    """Until no trial is RUNNING: other machines finish theirs, and those of killed workers are marked FAIL."""
+    """Until those RUNNING are finished by other machines, or marked FAIL for want of heartbeats, and no longer."""
+    end = time.monotonic() + storage.GRACE_SECONDS + 2 * storage.HEARTBEAT_SECONDS
     told = False
     while not stop.asked:
         retry_lost(study)
-        running = trials(study, TrialState.RUNNING)
+        running = len(trials(study, TrialState.RUNNING))
         if not running:
+            return
+        if time.monotonic() > end:
+            print(f"{running} trials are still at work on other machines, which will finish them", flush=True)
             return
         if not told:
             told = True
-            print(f"waiting for {len(running)} trials of other machines or of killed workers", flush=True)
+            print(f"waiting for {running} trials of other machines or of killed workers", flush=True)
         time.sleep(POLL_SECONDS)
 
 

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from diffusion import paths
 from diffusion.config import TuneConfig
-from diffusion.errors import UserError
+from diffusion.errors import UserError, brief, checked_url
 
 SQLITE_WORKERS = 4
 BUSY_SECONDS = 60  # for another process to finish its write
@@ -31,39 +30,26 @@ def storage_url(config: TuneConfig) -> str:
     """SQLAlchemy's URL of the store: OPTUNA_STORAGE, Optuna's own variable, or `tune.storage`, or optuna/study.db.
 
     Raises:
-        UserError: it names another kind of store, its driver is missing, or SQLite is to take too many workers.
+        UserError: it is no URL, or SQLite is to take too many workers, or no file.
     """
-    variable = os.environ.get("OPTUNA_STORAGE")
-    text = variable or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
-    source = f"{'OPTUNA_STORAGE' if variable else 'tune.storage'} = {shown(text)}"
+    name = "OPTUNA_STORAGE" if os.environ.get("OPTUNA_STORAGE") else "tune.storage"
+    text = os.environ.get("OPTUNA_STORAGE") or config.storage or f"sqlite:///{paths.OPTUNA_DB.as_posix()}"
     try:
-        url = make_url(text)
+        url = make_url(checked_url(name, text))
     except ArgumentError:
-        raise UserError(f"{source}: {OTHER_STORE}") from None
-    if url.drivername in ("postgres", "postgresql"):
-        if find_spec("psycopg2") is None:
-            raise UserError("a Postgres store needs a driver: pip install psycopg2-binary")
-        return url.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
-    if url.drivername.startswith("postgresql+"):
-        return text
-    if url.drivername.partition("+")[0] != "sqlite":
-        raise UserError(f"{source} is neither SQLite nor Postgres: {OTHER_STORE}")
+        raise UserError(f"{name} is no URL: {OTHER_STORE}") from None
+    if url.get_backend_name() != "sqlite":
+        return text.replace("postgresql://", "postgresql+psycopg2://", 1)  # SQLAlchemy's own choice changes
     if not url.database or url.database.startswith((":memory:", "file:")):
-        raise UserError(f"{source} names no file, so that workers could not share it: give sqlite:///FOLDER/FILE")
+        raise UserError(
+            f"{name} = {text} names no file, so that workers could not share it: give sqlite:///FOLDER/FILE"
+        )
     if config.workers > SQLITE_WORKERS:
         raise UserError(
             f"tune.workers = {config.workers} is more than {SQLITE_WORKERS}: SQLite locks its whole file for each "
             f"write; {OTHER_STORE}"
         )
     return f"sqlite:///{url.database}"
-
-
-def shown(url: str) -> str:
-    """A store's URL without its password, which may stand in its query too."""
-    try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "what is no URL"
 
 
 class Storage(RDBStorage):
@@ -99,9 +85,9 @@ def open_storage(url: str, retry: RetryHeartbeatStaleTrialCallback) -> Storage:
                     connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # stays with the file
             return storage
         except Exception as error:  # the driver's, SQLAlchemy's or Optuna's own
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             time.sleep(attempt)  # another machine may be making the tables at this moment
-    raise UserError(f"the store {shown(url)} cannot be used ({reason}): start it, or name another in tune.storage")
+    raise UserError(f"the store {url} cannot be used ({reason}): start it, or name another in tune.storage")
 
 
 @contextmanager
@@ -116,8 +102,7 @@ def answering() -> Iterator[None]:
     except Exception as error:
         if not is_outage(error):
             raise
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the store does not answer ({reason}); `make tune` goes on when it does") from None
+        raise UserError(f"the store does not answer ({brief(error, 160)}); `make tune` goes on when it does") from None
 
 
 def is_outage(error: BaseException) -> bool:

@@ -6,11 +6,8 @@ queue again with the same values. A trial that was stopped (Ctrl-C) is put there
 queue trains on from the checkpoint of the first try.
 """
 
-import socket
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -27,25 +24,23 @@ from diffusion.tuning.space import first_settings, read_space
 
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)  # states that use up one of `tune.trials`
 MAX_RETRIES = 10  # of one setting: it may be the setting that kills
-WORKER = "worker_of"  # a trial's number, from the moment that its worker has its values
+WORKER = "worker"  # attribute of a trial that was begun: its number (a retry has the attribute of the first try too)
 
 
-def open_study(name: str, params: Params, url: str, worker: int = 0) -> Study:
-    """The study of that name, new or as it was left, as worker number `worker` of this machine sees it.
+def open_study(name: str, params: Params, url: str) -> Study:
+    """The study of that name, new or as it was left.
 
     Raises:
         UserError: the store does not answer, or is of another version.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=storage.open_storage(url, retry()),
         study_name=name,
         direction="minimize",
         load_if_exists=True,
         pruner=make_pruner(params.tune),
     )
-    study.sampler = make_sampler(params, params.tune.sampler, len(study.trials), worker)
-    return study
 
 
 def retry() -> RetryHeartbeatStaleTrialCallback:
@@ -54,22 +49,22 @@ def retry() -> RetryHeartbeatStaleTrialCallback:
         return RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES, inherit_intermediate_values=True)
 
 
-def make_sampler(params: Params, name: str, trials: int, worker: int) -> BaseSampler:
-    """Optuna's sampler of that name. Its seed depends on the trials so far, so that none repeats another's proposals.
+def make_sampler(study: Study, params: Params, number: int) -> BaseSampler:
+    """The sampler for the trial of that number, with random numbers of its own: no worker or machine repeats any.
 
-    Machines that begin together are told apart by their names.
+    GPs learn nothing from pruned trials and would propose the same again: after one the next is drawn at random.
     """
     config = params.tune
     own = params.seed if config.seed is None else config.seed
-    seed = generator(own, f"tune {socket.gethostname()} {worker}", trials).initial_seed() % 2**32
+    seed = generator(own, "tune", number).initial_seed() % 2**32
     startup = min(10, max(2, config.trials // 3))  # random; Optuna's 10 would leave a short study no search
-    make: dict[str, Callable[[], BaseSampler]] = {
-        "tpe": lambda: TPESampler(seed=seed, n_startup_trials=startup),
-        "random": lambda: RandomSampler(seed=seed),
-        "gp": lambda: GPSampler(seed=seed, n_startup_trials=startup),
-    }
+    ended = trials(study, *COUNTED)
+    if config.sampler == "tpe":
+        return TPESampler(seed=seed, n_startup_trials=startup)
+    if config.sampler == "random" or (ended and ended[-1].state == TrialState.PRUNED):
+        return RandomSampler(seed=seed)
     with storage.quiet():
-        return make[name]()
+        return GPSampler(seed=seed, n_startup_trials=startup)
 
 
 def enqueue_first(study: Study, params: Params) -> None:
@@ -99,15 +94,19 @@ def best(study: Study) -> FrozenTrial | None:
 def retry_lost(study: Study) -> None:
     """Mark trials FAIL whose worker is gone, and queue them again.
 
-    Optuna does so for trials that have a heartbeat. One whose worker died before the first has none: while its values
-    were sought.
+    Optuna does so for trials that have a heartbeat; here also for those whose worker died before the first.
     """
     with storage.quiet():
         optuna.storages.fail_stale_trials(study)
     late = datetime.now() - timedelta(seconds=storage.GRACE_SECONDS)
     for trial in trials(study, TrialState.RUNNING):
-        begun: Any = trial.datetime_start
-        if trial.user_attrs.get(WORKER) != trial.number and begun < late:
+        if trial.user_attrs.get(WORKER) != trial.number and trial.datetime_start and trial.datetime_start < late:
             with suppress(UpdateFinishedTrialError, ValueError):  # another process did it just now
                 study.tell(trial.number, state=TrialState.FAIL)
                 retry()(study, study.trials[trial.number])
+
+
+def retry_stopped(study: Study, trial: FrozenTrial) -> None:
+    """Queue a trial again that was stopped, however often: MAX_RETRIES counts kills alone, since the last stop."""
+    trial.system_attrs["retry_history"] = []
+    retry()(study, trial)

@@ -1,10 +1,8 @@
 """One trial: the ordinary training, shorter, and its score, in a run of its own below the study's."""
 
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +21,11 @@ from diffusion.training.loop import Trainer, train
 from diffusion.training.progress import Record
 from diffusion.tuning.objective import common_error, load_reference, samples, score
 from diffusion.tuning.space import Value, trial_config
+from diffusion.tuning.storage import quiet
 
 REPORTS = 8  # intermediate values a trial
 SHOWN = 64  # images of a trial's picture
 WHOLE = "whole."  # begins the names of the values searched, as params.yaml has them; without it: as the trial trains
-LINE_SECONDS = 30.0  # between two lines of a worker in a log file
 
 
 class PrunedError(Exception):
@@ -43,22 +41,19 @@ class Attempt:
     folder: Path  # the same for all tries of a trial
     tags: Mapping[str, str]  # of its MLflow run
     asked_to_stop: Callable[[], bool]
-    line: "Line"
+    worker: int  # its number on this machine
     config: TuneConfig
     trial: Trial
-    reported: set[int] = field(default_factory=set)  # images seen, earlier tries included
 
     def report(self, images_seen: int, value: float) -> None:
-        """An intermediate value at images seen that are the same for all trials.
+        """An intermediate value at images seen that are the same for all trials; Optuna keeps the first of each.
 
         Raises:
             PrunedError: it is not finite, or the pruner says that others do better.
             optuna.exceptions.UpdateFinishedTrialError: the trial was given to another worker.
         """
-        if images_seen in self.reported:
-            return
-        self.reported.add(images_seen)
-        self.trial.report(value, images_seen)
+        with quiet():  # of values that an earlier try reported
+            self.trial.report(value, images_seen)
         if not math.isfinite(value):
             raise PrunedError(f"the error is {value} after {images_seen:,} images")
         if self.trial.should_prune():
@@ -122,24 +117,33 @@ class Trainings:
         """Train to the end; report the common error at REPORTS points that are the same for all trials."""
         config, budget = trainer.config.train, self.params.tune.images_per_trial
         due = {max(1, k * config.steps // REPORTS): k * budget // REPORTS for k in range(1, REPORTS + 1)}
-        attempt.line.begin(attempt.number, trainer.progress.step, config.steps)
+        bar = tqdm(
+            total=config.steps,
+            initial=trainer.progress.step,
+            desc=f"worker {attempt.worker}: trial {attempt.number}",
+            position=attempt.worker,
+            leave=False,
+            mininterval=0.5,
+            disable=None,  # where there is no terminal
+        )
 
         def report(step: int) -> None:
-            if step != trainer.progress.step or step not in due or due[step] in attempt.reported:
+            if step != trainer.progress.step or step not in due:
                 return  # or it was rolled back and does not count
             error = common_error(trainer)
             tracker.metrics({"val/common_error": error}, step)
-            attempt.line.value = f"error {error:.4f}"
+            bar.set_postfix_str(f"error {error:.4f}", refresh=False)
             attempt.report(due[step], error)
 
-        report(trainer.progress.step)  # a kill may have come between checkpoint and report
-        for record in train(trainer):
-            _track(record, tracker)
-            attempt.line.show(record.step)
-            report(record.step)
-            if record.step < config.steps and attempt.asked_to_stop():
-                trainer.save()
-                raise KeyboardInterrupt
+        with bar:
+            report(trainer.progress.step)  # a kill may have come between checkpoint and report
+            for record in train(trainer):
+                _track(record, tracker)
+                bar.update(record.step - bar.n)
+                report(record.step)
+                if record.step < config.steps and attempt.asked_to_stop():
+                    trainer.save()
+                    raise KeyboardInterrupt
         if not math.isfinite(trainer.progress.best_val_loss):
             raise PrunedError("the validation loss was never finite")
 
@@ -161,42 +165,3 @@ def _track(record: Record, tracker: Tracker) -> None:
         tracker.metrics({f"train/{key}": value for key, value in record.row.items() if key != "step"}, record.step)
     if record.val_loss is not None:
         tracker.metrics({"val/loss": record.val_loss}, record.step)
-
-
-class Line:
-    """How a worker's trial goes: one line that stays in place on a terminal, one every LINE_SECONDS in a log file."""
-
-    def __init__(self, worker: int) -> None:
-        self.worker, self.value = worker, ""
-        self._bar: tqdm | None = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(position=worker, bar_format="{desc}", leave=False, mininterval=0.5)
-
-    def begin(self, trial: int, step: int, steps: int) -> None:
-        """A trial begins at `step`, 0 unless it is resumed, of `steps`."""
-        self._trial, self._first, self._steps, self.value = trial, step, steps, "error -"
-        self._start = self._said = time.monotonic()
-        if self._bar is None:
-            self._write(step)
-
-    def show(self, step: int) -> None:
-        """Say how far it is, if it is time to."""
-        now = time.monotonic()
-        if now - self._said >= (0.5 if self._bar is not None else LINE_SECONDS):
-            self._said = now
-            self._write(step)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _write(self, step: int) -> None:
-        done, seconds = step - self._first, time.monotonic() - self._start
-        left = f"{seconds / done * (self._steps - step) / 60:.1f} min left" if done else "begins"
-        text = f"worker {self.worker}: trial {self._trial}, step {step} of {self._steps}, {self.value}"
-        if self._bar is not None:
-            self._bar.set_description_str(f"{text}, {left}")
-        else:
-            sys.stderr.write(f"{text}, {left}\n")  # one piece, whatever other workers write
-            sys.stderr.flush()

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,11 +23,10 @@ from optuna.trial import FrozenTrial, TrialState
 from diffusion import paths
 from diffusion.config import Params
 from diffusion.errors import StopRequest, UserError, outside
-from diffusion.locks import only_process
 from diffusion.tuning.space import read_space
 from diffusion.tuning.storage import answering, is_outage
-from diffusion.tuning.study import COUNTED, WORKER, finished, make_sampler, open_study, retry, trials
-from diffusion.tuning.trial import Attempt, Line, Objective, PrunedError
+from diffusion.tuning.study import COUNTED, WORKER, finished, make_sampler, open_study, retry_stopped, trials
+from diffusion.tuning.trial import Attempt, Objective, PrunedError
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Worker:
     def __init__(self, job: Job, number: int, asked_to_stop: Callable[[], bool]) -> None:
         """Raises UserError if the store, the data or the reference are missing."""
         self.job, self.number, self.asked_to_stop = job, number, asked_to_stop
-        self.study, self.space = open_study(job.study, job.params, job.url, number), read_space(job.params)
-        self.objective, self.line = job.prepare(job.params), Line(number)
+        self.study, self.space = open_study(job.study, job.params, job.url), read_space(job.params)
+        self.objective = job.prepare(job.params)
         self.folder, self.trial = Path(), -1  # of the present trial
         self.error: Exception | None = None  # that ends the work
 
@@ -63,29 +63,24 @@ class Worker:
         """
         limit = MaxTrialsCallback(self.job.params.tune.trials, states=COUNTED)
         callbacks: list[Callable[[Study, FrozenTrial], Any]] = [self._end, limit, lambda *_: after()]
-        try:
-            while not self.asked_to_stop() and not finished(self.study, self.job.params):
-                try:
-                    self.study.optimize(self._try, catch=(StoppedError,), callbacks=callbacks)
-                except (UpdateFinishedTrialError, ValueError):  # Optuna's ways to say that a trial is no longer ours
-                    if not self._is_lost():
-                        raise
-                    print(f"worker {self.number}: trial {self.trial} was given to another worker", file=sys.stderr)
-                if self.error:
-                    raise self.error
-        finally:
-            self.line.close()
+        while not self.asked_to_stop() and not finished(self.study, self.job.params):
+            try:
+                self.study.optimize(self._try, catch=(StoppedError,), callbacks=callbacks)
+            except (UpdateFinishedTrialError, ValueError):  # Optuna's ways to say that a trial is no longer ours
+                if not self._is_lost():
+                    raise
+                print(f"worker {self.number}: trial {self.trial} was given to another worker", file=sys.stderr)
+                continue
+            if self.error:
+                raise self.error
+            return
 
     def _try(self, trial: Trial) -> float:
         """Optuna's objective: one trial, from the checkpoint of an earlier try if there is one."""
         self.trial, self.error = trial.number, None
         try:
-            attempt = self._attempt(trial)
-            with only_process(self.folder / "trial.lock", "still has this trial", wait=True):
-                value = self.objective(attempt)
-            trial.set_user_attr(
-                "reason", ""
-            )  # raises if it is no longer ours, of which Optuna 5.0 makes an AssertionError
+            value = self.objective(self._attempt(trial))
+            trial.set_user_attr("reason", "")  # raises if it is no longer ours: Optuna 5.0's own check is an assertion
             return value
         except PrunedError as why:
             trial.set_user_attr("reason", str(why))
@@ -113,18 +108,13 @@ class Worker:
 
     def _end(self, study: Study, trial: FrozenTrial) -> None:
         """Optuna's callback after a trial that is told to the store."""
-        config = self.job.params.tune
         if trial.state in COUNTED:
             for checkpoint in self.folder.glob("step_*.pt"):  # of no use any more, and large
                 checkpoint.unlink(missing_ok=True)
         else:  # it raised StoppedError
-            retry()(study, trial)
+            retry_stopped(study, trial)
+        if self.asked_to_stop() or trial.state not in COUNTED:
             study.stop()
-        if self.asked_to_stop():
-            study.stop()
-        if config.sampler == "gp":  # GPs learn nothing from pruned trials, and would propose the same again
-            name = "random" if trial.state == TrialState.PRUNED else "gp"
-            study.sampler = make_sampler(self.job.params, name, len(trials(study)), self.number)
 
     def _is_lost(self) -> bool:
         """Whether others marked the present trial FAIL: its heartbeat was late, as after a suspension."""
@@ -132,15 +122,17 @@ class Worker:
         return known.state == TrialState.FAIL and not known.user_attrs.get("reason")
 
     def _attempt(self, trial: Trial) -> Attempt:
-        values = {dimension.key: dimension.suggest(trial) for dimension in self.space}
-        trial.set_user_attr("reason", "")  # it may have another of an earlier try
-        trial.set_user_attr("pid", os.getpid())
-        trial.set_user_attr("host", socket.gethostname())
         trial.set_user_attr(WORKER, trial.number)
-        everyone = trials(self.study)
-        first = everyone[everyone[trial.number].system_attrs.get("failed_trial", trial.number)]
+        self.study.sampler = make_sampler(self.study, self.job.params, trial.number)  # asked from here on
+        values = {dimension.key: dimension.suggest(trial) for dimension in self.space}
         # Another store may have the same study, and another trial of that number: when it began tells them apart.
-        self.folder = paths.RUNS / f"{self.job.study}-{first.number:04d}-{first.datetime_start:%m%d-%H%M%S-%f}"
+        # A trial that is tried again has the attributes of its earlier try.
+        begun = trial.datetime_start or datetime.now()
+        folder = trial.user_attrs.get("folder", f"{self.job.study}-{trial.number:04d}-{begun:%m%d-%H%M%S-%f}")
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        for key, text in {"reason": "", "folder": folder, **process}.items():
+            trial.set_user_attr(key, text)
+        self.folder = paths.RUNS / folder
         tags = {"optuna.study": self.job.study, "optuna.trial": str(trial.number)}
         if self.job.run_id:
             tags["mlflow.parentRunId"] = self.job.run_id
@@ -150,10 +142,9 @@ class Worker:
             folder=self.folder,
             tags=tags,
             asked_to_stop=self.asked_to_stop,
-            line=self.line,
+            worker=self.number,
             config=self.job.params.tune,
             trial=trial,
-            reported=set(everyone[trial.number].intermediate_values),
         )
 
 
