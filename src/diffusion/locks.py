@@ -1,14 +1,12 @@
-"""Work that one process at a time may do, and whether a process still runs."""
+"""Work that one process at a time may do."""
 
 import contextlib
 import os
-import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from filelock import FileLock, Timeout
 
 from diffusion import paths
@@ -80,37 +78,3 @@ def enter_exclusive(
     else:
         while not world.broadcast(None):
             pass
-
-
-def this_process() -> dict[str, str]:
-    """Tags by which this process can be told to be running."""
-    process = {"pid": str(os.getpid()), "pid.started": f"{psutil.Process().create_time():.0f}"}
-    return {"host": socket.gethostname(), "machine": machine(), **process}
-
-
-def is_running(tags: Mapping[str, str]) -> bool:
-    """Whether the process of these tags (see `this_process`) runs; those of other machines are taken to."""
-    if tags.get("machine", machine()) != machine() or not tags.get("pid", "").isdigit():
-        return True
-    try:
-        process = psutil.Process(int(tags["pid"]))
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return False
-        started = process.create_time()
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.Error:
-        return True
-    return abs(started - float(tags.get("pid.started", started))) < 2  # else the number has been given anew
-
-
-def machine() -> str:
-    """Where a process's number means that process: the host since its start, and there the container.
-
-    Cloned hosts and containers may share a name.
-    """
-    known = [socket.gethostname().replace("'", "")]
-    with contextlib.suppress(OSError):  # Linux has these
-        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        known.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(known)
