@@ -1,8 +1,10 @@
 """Passwords in the addresses of MLflow's and Optuna's stores are nowhere: not on the terminal, not in what is kept."""
 
 import importlib
+import subprocess
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -40,7 +42,15 @@ def away(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_password_is_said_or_kept(away: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.execv", lambda *_: None)
+    started: list[str] = []  # arguments of processes, which all users of a machine can read
+    monkeypatch.setattr("os.execv", lambda _, arguments: started.extend(arguments))
+    start = subprocess.Popen.__init__
+
+    def noted(self: Any, arguments: Any, **options: Any) -> None:
+        started.extend(map(str, arguments))
+        start(self, arguments, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
     said = ""
     for module, arguments in COMMANDS:
         result = CliRunner().invoke(importlib.import_module(module).main, arguments)
@@ -49,6 +59,7 @@ def test_no_password_is_said_or_kept(away: None, monkeypatch: pytest.MonkeyPatch
         found = result.output + shown
         assert not [secret for secret in SECRETS if secret in found], f"{module} {arguments}: {found}"
         said += found
+    assert not [secret for secret in SECRETS if secret in " ".join(started)], started
     assert "***@127.0.0.1" in said  # so that it was asked for what it hides
     assert card_path(paths.MODEL).exists()
     kept = [path for path in Path().rglob("*") if path.is_file() and path.name != "params.yaml"]
